@@ -1,0 +1,170 @@
+"""The genetic operators of EPBT: pure functions on NumPy arrays, every random choice drawn from an explicit `rng`.
+
+A population's hyperparameters are a float64 array h of shape (individuals, variables), its columns in the order of
+the search space. Callers pass individuals in the order of their ids, so that "ties go to the lower index" means
+ties go to the older individual, and no order ever depends on chance.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+STREAMS = ("evolution", "training", "weights")
+
+
+def random_stream(purpose, seed, *key):
+    """A generator of its own for each purpose and key, all derived from the run's seed.
+
+    The purpose comes first and is never 0, since NumPy pads a seed with zeros: (seed, 3) and (seed, 3, 0) are one."""
+    return np.random.default_rng((1 + STREAMS.index(purpose), seed, *key))
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One evolved hyperparameter: its initial range, whether it is drawn uniformly in its logarithm, and whether
+    mutation is clipped to that range."""
+
+    name: str
+    low: float
+    high: float
+    log: bool = False
+    clip: bool = True
+
+    def __post_init__(self):
+        if not self.low < self.high:
+            raise ValueError(f"variable {self.name}: its range [{self.low}, {self.high}] is empty")
+        if self.log and self.low <= 0:
+            raise ValueError(f"variable {self.name}: a logarithmic range starts above 0, not at {self.low}")
+
+    def at(self, u):
+        """The value a fraction u in [0, 1) of the way through the range."""
+        return self.low * (self.high / self.low) ** u if self.log else self.low + (self.high - self.low) * u
+
+
+# Sec. 4.1: theta is drawn from U(-10, 10). paper: unspecified: the other three ranges; they contain Baseline 1's
+# schedule (scale 1, decay 5 or 10, momentum 0.9), as the paper asks of its search space.
+THETA = tuple(Variable(f"theta{i}", -10.0, 10.0, clip=False) for i in range(8))
+LEARNING_RATE_SCHEDULE = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 1.0, 10.0))
+MOMENTUM = (Variable("momentum", 0.5, 0.99),)
+SEARCH_SPACE = THETA + LEARNING_RATE_SCHEDULE + MOMENTUM
+
+
+def as_array(space, hyperparameters):
+    """h of shape (individuals, variables) from a dict for each individual."""
+    return np.array([[each[v.name] for v in space] for each in hyperparameters]).reshape(-1, len(space))
+
+
+def as_dicts(space, h):
+    """The inverse of as_array."""
+    return [{v.name: float(x) for v, x in zip(space, row, strict=True)} for row in h]
+
+
+def draw(space, n, rng):
+    """n fresh draws of every variable, uniform within its range: h of shape (n, variables)."""
+    u = rng.random((n, len(space)))
+    return np.array([v.at(column) for v, column in zip(space, u.T, strict=True)]).reshape(-1, n).T
+
+
+def initialize(space, n, rng, viable_for=None):
+    """Sec. 3.2, Initialization: h of shape (n, variables), uniform within the ranges.
+
+    With viable_for = the number of classes, rows whose loss would train backwards are drawn again. Not in the paper.
+    """
+    h = draw(space, n, rng)
+    if viable_for is not None:
+        theta = [i for i, v in enumerate(space) if v.name.startswith("theta")]
+        while len(backwards := np.flatnonzero(~trains_forwards(h[:, theta], viable_for))):
+            h[backwards] = draw(space, len(backwards), rng)
+    return h
+
+
+def trains_forwards(theta, classes):
+    """Whether the first step under each loss, theta of shape (n, 8), raises the logit of the true class.
+
+    At the uniform prediction y = 1/classes, dL/dz of the true class is negative exactly when the part of df/dy that
+    differs between the true class (x = 1) and the others (x = 0) is positive. Returns booleans of shape (n,).
+    """
+    t = theta.T
+    return t[5] + t[6] * (1 / classes - t[1]) + 0.5 * t[7] * (1 - 2 * t[0]) > 0
+
+
+def tournament(fitness, n, t, rng):
+    """Sec. 3.2, Step 1, operator tau: n winners, each the fittest of t individuals drawn at random without
+    replacement (fewer where fewer live). Returns indices of shape (n,); one individual may win many times."""
+    t = min(t, len(fitness))
+    contests = [np.sort(rng.choice(len(fitness), size=t, replace=False)) for _ in range(n)]
+    return np.array([c[np.argmax(fitness[c])] for c in contests], dtype=int)
+
+
+def mutate(h, space, sigma, reset_probability, rng):
+    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), then with reset_probability a fresh draw, for each
+    variable independently. Variables with clip stay within their range."""
+    mutated = h * (1 + sigma * rng.standard_normal(h.shape))
+    for i, v in enumerate(space):
+        if v.clip:
+            mutated[:, i] = mutated[:, i].clip(v.low, v.high)
+    reset = rng.random(h.shape) < reset_probability
+    return np.where(reset, draw(space, len(h), rng), mutated)
+
+
+def crossover(h, probability, rng):
+    """Sec. 3.2, Step 2, operator xi: each variable is taken, with the given probability (the paper's 50%), from one
+    other member of the set. Returns the children (n, variables) and for each the index of the member that gave
+    something, or -1 where none did."""
+    n = len(h)
+    if n < 2:
+        return h.copy(), np.full(n, -1)
+    mate = (np.arange(n) + rng.integers(1, n, size=n)) % n
+    taken = rng.random(h.shape) < probability
+    return np.where(taken, h[mate], h), np.where(taken.any(axis=1), mate, -1)
+
+
+def fittest(fitness, n):
+    """Indices of the n fittest, best first; ties go to the lower index."""
+    return np.argsort(-np.asarray(fitness), kind="stable")[:n]
+
+
+def novelty_scores(behaviour):
+    """Eq. 1: S_i, the sum of the Euclidean distances from behaviour vector b_i to all others.
+
+    behaviour: (m, N) booleans, right or wrong on each of N validation images. Returns the scores (m,) and the
+    distances (m, m)."""
+    b = behaviour.astype(np.int64)
+    hamming = (b[:, None, :] != b[None, :, :]).sum(axis=2)
+    distance = np.sqrt(hamming)
+    # Summed in sorted order, so that equal sets of distances have equal sums and ties are ties.
+    return np.sort(distance, axis=1).sum(axis=1), distance
+
+
+def novelty_elites(fitness, behaviour, k, m):
+    """Sec. 2.5 and 3.4: of the m fittest the k most novel, skipping candidates of the same cluster.
+
+    paper: unspecified: the fittest always stays; the rest are ranked by S_i (ties by fitness, then age). The first
+    k - 1 are kept, each remaining candidate is put in by turns, and the later ranked of the closest pair drops out.
+    Returns the indices of the elites, the fittest first, the others by rank."""
+    candidates = fittest(fitness, m)
+    scores, distance = novelty_scores(behaviour[candidates])
+    ranked = 1 + np.argsort(-scores[1:], kind="stable")  # candidates are sorted by fitness already
+    kept = list(ranked[: k - 1])
+    for newcomer in ranked[k - 1 :]:
+        kept.append(newcomer)
+        pairs = [(distance[a, b], j) for j, b in enumerate(kept) for a in kept[:j]]
+        if pairs:  # none where k = 1: the fittest alone stays
+            closest = min(d for d, _ in pairs)
+            kept.pop(max(j for d, j in pairs if d == closest))
+        else:
+            kept.clear()
+    return candidates[[0, *kept]]
+
+
+def pulse(generation, period, reading):
+    """Sec. 3.4: whether Novelty Selection is on in this generation.
+
+    reading: 'pulsation' (off for p generations, then on for p, as Sec. 2.5 says), 'one-in-p' (on in every p-th),
+    'always' or 'off'."""
+    return {
+        "pulsation": generation // period % 2 == 1,
+        "one-in-p": generation % period == period - 1,
+        "always": True,
+        "off": False,
+    }[reading]
