@@ -51,7 +51,7 @@ SEARCH_SPACE = THETA + LEARNING_RATE_SCHEDULE + MOMENTUM
 
 def as_array(space, hyperparameters):
     """h of shape (individuals, variables) from a dict for each individual."""
-    return np.array([[each[v.name] for v in space] for each in hyperparameters]).reshape(-1, len(space))
+    return np.array([[each[v.name] for v in space] for each in hyperparameters], dtype=float)
 
 
 def as_dicts(space, h):
@@ -71,21 +71,20 @@ def initialize(space, n, rng, viable_for=None):
     With viable_for = the number of classes, rows whose loss would train backwards are drawn again. Not in the paper.
     """
     h = draw(space, n, rng)
-    if viable_for is not None:
-        theta = [i for i, v in enumerate(space) if v.name.startswith("theta")]
-        while len(backwards := np.flatnonzero(~trains_forwards(h[:, theta], viable_for))):
+    theta = [i for i, v in enumerate(space) if v in THETA]
+    if theta and viable_for is not None:
+        while len(backwards := np.flatnonzero(first_step(h[:, theta], viable_for) <= 0)):
             h[backwards] = draw(space, len(backwards), rng)
     return h
 
 
-def trains_forwards(theta, classes):
-    """Whether the first step under each loss, theta of shape (n, 8), raises the logit of the true class.
+def first_step(theta, classes):
+    """How strongly the first step under a loss raises the logit of the true class; below 0, the loss trains backwards.
 
-    At the uniform prediction y = 1/classes, dL/dz of the true class is negative exactly when the part of df/dy that
-    differs between the true class (x = 1) and the others (x = 0) is positive. Returns booleans of shape (n,).
-    """
-    t = theta.T
-    return t[5] + t[6] * (1 / classes - t[1]) + 0.5 * t[7] * (1 - 2 * t[0]) > 0
+    It is the part of df/dy, f the polynomial of Eq. 2, in which the true class (x = 1) differs from the others
+    (x = 0), at the uniform prediction y = 1/classes. theta: (..., 8); returns (...)."""
+    t = np.moveaxis(theta, -1, 0)
+    return t[5] + t[6] * (1 / classes - t[1]) + 0.5 * t[7] * (1 - 2 * t[0])
 
 
 def tournament(fitness, n, t, rng):
@@ -155,6 +154,17 @@ def novelty_elites(fitness, behaviour, k, m):
         else:
             kept.clear()
     return candidates[[0, *kept]]
+
+
+def select_elites(fitness, correct, k, m, n, novel, rng):
+    """Alg. 1, step 3b: indices of the k fittest, or where novel is true of the k most novel of the m fittest.
+
+    correct: (individuals, validation images) booleans. Sec. 3.4: the behaviour is taken on n of the images, chosen at
+    random; paper: unspecified: anew in each generation."""
+    if not novel:
+        return fittest(fitness, k)
+    images = rng.choice(correct.shape[1], size=min(n, correct.shape[1]), replace=False)
+    return novelty_elites(fitness, correct[:, images], k, m)
 
 
 def pulse(generation, period, reading):

@@ -1,0 +1,68 @@
+"""What EPBT is compared with (Sec. 4.1), through the same training, workers and records.
+
+Baseline 1 is one network under cross-entropy and a fixed schedule. Baseline 2 is the original PBT [21], which evolves
+the learning rate. The third is what the same compute buys without evolution: independent networks with random
+learning rates, the fittest chosen in the end.
+"""
+
+import numpy as np
+
+from evolution import Variable, as_array, as_dicts, draw, fittest, initialize, random_stream
+from records import Individual
+
+# Sec. 4.1: "between 0.1 and 0.0001", as a scale of the rate 0.1. paper: unspecified: uniform in the logarithm.
+PBT_SPACE = (Variable("lr_scale", 1e-3, 1.0, log=True),)
+TRUNCATION = 0.25  # Sec. 4.1: the top 25% are copied over the bottom 25%
+PERTURBATION = 1.2  # Sec. 4.1
+RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is the choice of the PBT paper's released code
+
+
+def independent(config, space, classes, workers, run):
+    """Baseline 1 (one network, nothing drawn), or a population of networks with random hyperparameters."""
+    yield from train_on(config, space, workers, run, replace=lambda h, fitness, rng: (np.arange(len(h)), h))
+
+
+def pbt(config, space, classes, workers, run):
+    """Baseline 2: after each generation, truncation selection, then perturbation of what was copied."""
+    def replace(h, fitness, rng):
+        return exploit_and_explore(h, fitness, space, rng)
+    yield from train_on(config, space, workers, run, replace)
+
+
+def train_on(config, space, workers, run, replace):
+    """Every member trains in every generation: from its own weights, or from those that `replace` gives it."""
+    population = run.population
+    for g in range(run.generations, config.generations):
+        rng = random_stream("evolution", config.seed, g)
+        if g == 0:
+            parents, h = [None] * config.population, initialize(space, config.population, rng)
+        else:
+            fitness = np.array([-1.0 if member.diverged else member.fitness for member in population])
+            source, h = replace(as_array(space, [m.hyperparameters for m in population]), fitness, rng)
+            parents = [population[i].id for i in source]
+        population = workers.evaluate(
+            [Individual(g * config.population + i, g, parent=parent, hyperparameters=hyperparameters)
+             for i, (parent, hyperparameters) in enumerate(zip(parents, as_dicts(space, h), strict=True))])
+        run.record(g, population)
+        yield g, population
+
+
+def exploit_and_explore(h, fitness, space, rng):
+    """PBT's step [21]: each of the worst quarter becomes a copy of a random one of the best quarter, and its
+    hyperparameters are multiplied or divided by 1.2 or drawn anew. Diverged members have fitness -1. Returns the source
+    of each member, an index (n,), and the new h."""
+    n = len(h)
+    quarter = int(n * TRUNCATION)
+    order = fittest(fitness, n)
+    source, h = np.arange(n), h.copy()
+    if quarter == 0:
+        return source, h
+    best, worst = order[:quarter], order[n - quarter:]
+    best = best[fitness[best] >= 0] if (fitness >= 0).any() else best  # never a diverged one while another lives
+    source[worst] = rng.choice(best, size=quarter)
+    factor = np.where(rng.random((quarter, len(space))) < 0.5, PERTURBATION, 1 / PERTURBATION)
+    low, high = np.array([[v.low, v.high] for v in space]).T
+    perturbed = (h[source[worst]] * factor).clip(low, high)
+    reset = rng.random(perturbed.shape) < RESET_PROBABILITY
+    h[worst] = np.where(reset, draw(space, quarter, rng), perturbed)
+    return source, h

@@ -1,0 +1,380 @@
+"""Regularized Evolutionary Population-Based Training (Liang, Gonzalez, Shahrzad, Miikkulainen, GECCO 2021).
+
+    python epbt.py --dataset svhn
+
+A population of networks trains in parallel while evolution adapts each one's loss function (TaylorGLO, eight
+parameters), learning-rate schedule and momentum. `epbt` below is Algorithm 1; hold the paper beside it.
+"""
+
+import io
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass, fields, replace
+from statistics import median
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import options
+import taylorglo_ext
+from baselines import PBT_SPACE, independent, pbt
+from data import Data, DataError, load_data, make_data
+from evolution import (
+    SEARCH_SPACE,
+    as_array,
+    as_dicts,
+    crossover,
+    fittest,
+    initialize,
+    mutate,
+    pulse,
+    random_stream,
+    select_elites,
+    tournament,
+)
+from models import model_error
+from options import ConfigError, option
+from records import (
+    Individual,
+    RunError,
+    RunFolder,
+    checkpoints,
+    load_individual,
+    read_config,
+    refuse_differences,
+    write_atomic,
+)
+from replay import SCHEDULE, read_schedule, replay, schedule
+from training import Job, load_state
+from workers import Workers
+
+
+def epbt(config, space, classes, workers, run):
+    """Algorithm 1. A generator: yields (generation, M) at the end of each generation.
+
+    space: the evolved variables; classes: how many the data has; workers and run: where individuals are evaluated and
+    recorded. paper: unspecified: the initial individuals are evaluated in generation 0, since until then there is no
+    fitness to select by; so P + (n - 1)(P - k) losses are tried, the 520 of Sec. 5.2.
+    """
+    M = run.population
+    for g in range(run.generations, config.generations):
+        rng = random_stream("evolution", config.seed, g)
+        alive = [m for m in M if not m.diverged]
+        if not alive:  # Sec. 3.2, Initialization (again, should a whole generation have diverged)
+            h = initialize(space, config.population, rng, classes if config.viable_init else None)
+            elites, N = [], newborn(M, g, as_dicts(space, h))
+            teacher, alpha = None, 0.0
+        else:
+            fitness = np.array([m.fitness for m in alive])
+            k = min(config.elites, len(alive))
+            # Step 1: select the parents.
+            parents = [alive[i] for i in tournament(fitness, config.population - k, config.tournament, rng)]
+            # Step 2a: mutation and crossover of their hyperparameters.
+            h = mutate(as_array(space, [p.hyperparameters for p in parents]), space, config.mutation, config.reset, rng)
+            h, mates = crossover(h, config.crossover, rng)
+            # Step 2b: the children. Each inherits its parent's weights, BatchNorm statistics and momentum.
+            alpha = config.distillation * g / (config.generations - 1)
+            teacher = alive[fittest(fitness, 1)[0]] if alpha else None
+            N = newborn(M, g, as_dicts(space, h), parents, mates, teacher)
+            # Step 3b: preserve the top k of M_g as they are, or with Novelty Selection the most novel of the top m.
+            novel = pulse(g, config.pulsation_period, config.novelty)
+            top = select_elites(fitness, np.stack([m.correct for m in alive]), k, config.novelty_candidates,
+                                config.behaviour_images, novel, rng)
+            elites = [alive[i] for i in top]
+        # Step 3a: evaluate the children: train for a generation, distilled from the best of the last (Sec. 3.5).
+        N = workers.evaluate(N, teacher, alpha)
+        # Step 3c: together they are the next population, the oldest first.
+        M = sorted(elites, key=lambda m: m.id) + N
+        run.record(g, M, elites)
+        yield g, M
+
+
+def newborn(M, g, hyperparameters, parents=None, mates=None, teacher=None):
+    """Unevaluated individuals, numbered on from the population M."""
+    first = 1 + max((m.id for m in M), default=-1)
+    children = []
+    for i, h in enumerate(hyperparameters):
+        child = Individual(first + i, g, h)
+        if parents:
+            child.parent = parents[i].id
+            child.mate = None if mates[i] < 0 else parents[mates[i]].id
+            child.teacher = None if teacher is None else teacher.id
+        children.append(child)
+    return children
+
+
+METHODS = {"epbt": epbt, "pbt": pbt, "baseline": independent, "random": independent, "replay": replay}
+
+# The paper's protocols (Sec. 4.1 and 4.2), and smaller ones for the data sets that fit a CPU. Any other data, a
+# folder of images, is given CIFAR-10's.
+CIFAR10 = dict(model="resnet32", population=40, generations=25, epochs=8, milestones=(0.3, 0.6, 0.8), lr_decay=5.0)
+PROTOCOLS = {
+    "cifar10": CIFAR10,
+    "svhn": {**CIFAR10, "generations": 40, "epochs": 1, "milestones": (0.5, 0.75), "lr_decay": 10.0},
+    "fashion": {**CIFAR10, "model": "resnet8", "population": 8, "generations": 12, "epochs": 1},
+    "digits": {**CIFAR10, "model": "resnet8", "population": 12, "generations": 15, "epochs": 3},
+}
+
+
+@dataclass
+class Config:
+    """All that determines a run. None: the protocol of the data set decides (PROTOCOLS), or the field named."""
+
+    method: str = option("run", "epbt", "epbt; Baseline 2 (pbt); Baseline 1 (baseline: one network); or independent "
+                         "networks with random learning rates (random), Sec. 4.1", choices=tuple(METHODS))
+    replay: str | None = option("run", None, "train one network under the schedule of a finished run's winner: its "
+                                "folder or schedule.json; stretched to --generations epochs")
+    dataset: str = option("run", "digits", "digits, fashion, cifar10, svhn, or a folder with a subfolder a class")
+    model: str | None = option("run", None, "resnet8/20/32/56, wrn-10-12/16-8/22-6/28-5, torchvision:NAME, or "
+                               "package.module:factory, Sec. 4.1")
+    seed: int = option("run", 0, "everything random derives from it", low=0, high=2**32 - 1)
+    population: int | None = option("evolution", None, "P, Sec. 3.2", low=1)
+    elites: int | None = option("evolution", None, "k, default P/2, Sec. 3.2", low=1)
+    generations: int | None = option("evolution", None, "n, Alg. 1", low=1)
+    tournament: int = option("evolution", 2, "t, Sec. 3.2", low=1)
+    mutation: float = option("evolution", 0.1, "standard deviation of the multiplicative noise; the paper leaves it "
+                             "open", low=0)
+    reset: float = option("evolution", 0.05, "probability that a variable is drawn anew; the paper leaves it open",
+                          low=0, high=1)
+    crossover: float = option("evolution", 0.5, "probability that a variable comes from the mate, Sec. 3.2; 0: off",
+                              low=0, high=1)
+    viable_init: bool = option("evolution", False, "draw initial losses again that train backwards; not in the paper")
+    novelty: str = option("novelty", "pulsation", "Novelty Selection: off for p generations and on for p, on in one of "
+                          "p, always, or never, Sec. 2.5, 3.4", choices=("pulsation", "one-in-p", "always", "off"))
+    pulsation_period: int = option("novelty", 5, "p, Sec. 3.4", low=1)
+    novelty_candidates: int | None = option("novelty", None, "m, default 3k/2, Sec. 3.4", low=1)
+    behaviour_images: int = option("novelty", 400, "N, Sec. 3.4", low=1)
+    loss: str = option("loss", "taylorglo", "taylorglo (evolved, Eq. 2) or cross-entropy (the ablation)",
+                       choices=("taylorglo", "cross-entropy"))
+    distillation: float = option("loss", 0.8, "alpha in the last generation, rising from 0, Eq. 3; the value is that "
+                                 "of the paper's [23]; 0: off", low=0, high=1)
+    normalize_loss: bool = option("loss", False, "scale each loss so that its first step is as large as that of "
+                                  "cross-entropy; not in the paper")
+    loss_backend: str = option("loss", "auto", "C++/CUDA kernel, plain PyTorch, or the first that works",
+                               choices=("auto", "fused", "reference"))
+    epochs: int | None = option("training", None, "per generation, Sec. 4.1", low=1)
+    batch_size: int = option("training", 128, "Sec. 4.1", low=1)
+    learning_rate: float = option("training", 0.1, "before scale and decay, Sec. 4.1", above=0)
+    milestones: tuple[float, ...] | None = option("training", None, "fractions of the run at which the learning rate "
+                                                  "decays, Sec. 4.1", low=0, high=1)
+    lr_decay: float | None = option("training", None, "its factor where it is not evolved, Sec. 4.1", above=0)
+    momentum: float = option("training", 0.9, "where it is not evolved, Sec. 4.1", low=0, high=1)
+    weight_decay: float = option("training", 0.0, "the paper does not say", low=0)
+    validation: int | None = option("data", None, "validation images, Sec. 4", low=1)
+    enlarge: int | None = option("data", None, "copies of each by augmentation, Sec. 4.1", low=1)
+    limit: int | None = option("data", None, "use only so many training images", low=2)
+    image_size: int = option("data", 32, "pixels, for a folder of images", low=8)
+    data_root: str | None = option("data", None, "where the data sets are; default $EPBT_DATA or ./data", runtime=True)
+    download: bool = option("data", False, "fetch the data set if it is missing", runtime=True)
+    device: str = option("machine", "auto", "cuda if there is a GPU", choices=("auto", "cpu", "cuda"))
+    precision: str = option("machine", "float32", "of the activations", choices=("float32", "bfloat16"))
+    workers: int | None = option("machine", None, "processes; default one a core or a GPU; the result does not depend "
+                                 "on it", low=1, runtime=True)
+    threads: int | None = option("machine", None, "CPU threads a worker; default 1, for a single network all cores",
+                                 low=1)
+    plan: bool = option("folder", False, "print what the run would cost, and stop", runtime=True)
+    out: str | None = option("folder", None, "the run's folder; default runs/METHOD-DATASET-SEED", runtime=True)
+    resume: bool = option("folder", False, "go on with the run in the folder", runtime=True)
+    overwrite: bool = option("folder", False, "start the run in the folder over", runtime=True)
+
+    def resolved(self):
+        """The same with every default filled in. Raises ConfigError, which lists all that is wrong."""
+        if lines := options.mistakes(self):
+            raise ConfigError("\n".join(lines))
+        c, protocol = replace(self), PROTOCOLS.get(self.dataset, CIFAR10)
+        if c.replay is not None:
+            recorded = read_schedule(c.replay)
+            c.method = "replay"
+            protocol = {**protocol, "model": recorded["model"], "epochs": 1, "generations": len(recorded["epochs"])}
+        for name, value in protocol.items():
+            if getattr(c, name) is None:
+                setattr(c, name, value)
+        if c.method in ("baseline", "replay"):
+            c.population = 1
+        cores = len(os.sched_getaffinity(0))
+        c.elites = c.elites or max(1, c.population // 2)
+        c.novelty_candidates = c.novelty_candidates or min(c.elites * 3 // 2, c.population)
+        c.device = c.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+        c.threads = c.threads or (cores if c.population == 1 else 1)
+        c.workers = c.workers or (max(1, cores // c.threads) if c.device == "cpu" else torch.cuda.device_count())
+        c.out = c.out or os.path.join("runs", f"{c.method}-{os.path.basename(os.path.normpath(c.dataset))}-{c.seed}")
+        if lines := c.contradictions():
+            raise ConfigError("\n".join(lines))
+        return c
+
+    def contradictions(self):
+        """What is wrong with a config whose fields are each as declared, a line each."""
+        lines = []
+        if error := model_error(self.model):
+            lines.append(f"--model: {error}")
+        if self.method == "epbt" and self.elites >= self.population:
+            lines.append(f"--elites must be below --population ({self.population}), not {self.elites}")
+        elif self.method == "epbt" and not self.elites <= self.novelty_candidates <= self.population:
+            lines.append(f"--novelty-candidates must be from --elites ({self.elites}) to --population "
+                         f"({self.population}), not {self.novelty_candidates}")
+        if self.method == "replay" and self.replay is None:
+            lines.append("--method replay needs --replay with a finished run's folder or schedule.json")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            lines.append("--device cuda: PyTorch finds no GPU; use --device cpu")
+        if self.resume and self.overwrite:
+            lines.append("--resume and --overwrite exclude each other")
+        return lines
+
+    def identity(self):
+        """What a resumed run must share: all but the fields that cannot change the result."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("runtime")}
+
+    def evaluations(self):
+        """How many the whole run makes: P + (n - 1)(P - k) for EPBT (Sec. 5.2), P n where elites train on."""
+        in_a_generation = self.population - (self.elites if self.method == "epbt" else 0)
+        return self.population + (self.generations - 1) * in_a_generation
+
+    def search_space(self):
+        """The evolved variables, and the values of those that are not evolved."""
+        fixed = dict(lr_scale=1.0, lr_decay=self.lr_decay, momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.method == "epbt":
+            theta = self.loss == "taylorglo"
+            return tuple(v for v in SEARCH_SPACE if theta or not v.name.startswith("theta")), fixed
+        if self.method == "pbt":
+            fixed["lr_decay"] = 1.0  # Sec. 4.1: the learning rate is evolved in place of a schedule
+        return PBT_SPACE if self.method in ("pbt", "random") else (), fixed
+
+
+def parse(arguments):
+    """The resolved Config of a command line. With --resume, the folder's config completes what is not given."""
+    given = options.parse(Config, __doc__, arguments)
+    config = Config(**given).resolved()
+    if config.resume:
+        stored = read_config(config.out)
+        del stored["data"]  # the fingerprint of the images is compared once they are read
+        same = {name: value for name, value in given.items() if name in stored and value != "auto"}
+        refuse_differences({name: stored[name] for name in same}, same, config.out)
+        config = Config(**{**given, **stored}).resolved()
+    return config
+
+
+@dataclass
+class Outcome:
+    """What a run leaves, beside the files in its folder."""
+
+    model: torch.nn.Module  # the fittest individual, on the CPU, in evaluation mode; its inputs are normalised images
+    data: Data  # as it was split and normalised
+    schedule: dict  # the winner's losses, learning rates and momenta by epoch; see replay.py
+    summary: dict  # as in summary.json
+
+
+def evolve(config, make_model=None, train=None, test=None, report=print):
+    """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, or with a model and data of your own.
+
+    make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so that worker
+    processes find it. train, test: (images, labels) or map-style Datasets, as data.make_data takes them.
+    report: called with each line for people. Raises ConfigError, DataError, RunError and taylorglo_ext.BackendError,
+    whose messages are clear lines."""
+    if make_model is not None:
+        config = replace(config, model=f"{make_model.__module__}:{make_model.__qualname__}")
+    if train is not None:
+        config = replace(config, dataset="custom")
+    config = config.resolved()
+    data = read_data(config, train, test)
+    config = replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device))
+    space, fixed = config.search_space()
+    shared = {f.name: getattr(config, f.name) for f in fields(Job) if hasattr(config, f.name)}
+    job = Job(data=data, fixed=fixed, **shared)
+    folder = RunFolder(config.out, config.identity() | {"data": data.digest()}, config.resume, config.overwrite)
+    with (tqdm(total=config.evaluations(), initial=folder.evaluated(), unit=" networks", disable=None) as bar,
+          Workers(job, folder, min(config.workers, config.population), bar) as workers):
+        best = None
+        for g, population in METHODS[config.method](config, space, data.num_classes, workers, folder):
+            with bar.external_write_mode():
+                report(progress_line(config, g, population, folder.evaluated()))
+            if best is not (best := fittest_of(population)):
+                write_best(folder, job, best)
+    return finish(config, folder, job)
+
+
+def read_data(config, train, test):
+    """The data of a run; networks that stand alone train on the validation images as well (Sec. 4.1, Baseline 1)."""
+    shared = dict(seed=config.seed, validation=config.validation, train_on_all=config.method in ("baseline", "replay"),
+                  limit=config.limit)
+    if train is not None:
+        return make_data(train, test, enlarge=config.enlarge or 1, **shared)
+    return load_data(config.dataset, config.data_root, enlarge=config.enlarge, image_size=config.image_size,
+                     download=config.download, **shared)
+
+
+def fittest_of(population):
+    """The fittest individual, never a diverged one while another lives."""
+    return max(population, key=lambda m: (not m.diverged, m.fitness, -m.id))
+
+
+def write_best(folder, job, best):
+    """Write best.pt; returns the model."""
+    model = load_state(job, load_individual(folder.individual_path(best.id))[1])
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    write_atomic(folder.path / "best.pt", buffer.getbuffer())
+    return model
+
+
+def progress_line(config, g, population, evaluated):
+    best, diverged = fittest_of(population), sum(m.diverged for m in population)
+    return (f"generation {g + 1:3}/{config.generations}   best fitness {best.fitness:.4f}   median "
+            f"{median(m.fitness for m in population):.4f}   its test accuracy {best.test_accuracy:.4f}   "
+            f"{'losses' if config.method == 'epbt' else 'networks'} tried {evaluated:4}   diverged {diverged}")
+
+
+def finish(config, folder, job):
+    """Write what is written at the end of a run, and return its Outcome."""
+    best, data = fittest_of(folder.population), job.data
+    plan = schedule(config, job, folder.read_log())
+    summary = dict(method=config.method, dataset=config.dataset, model=config.model, seed=config.seed,
+                   fitness=best.fitness, test_accuracy=best.test_accuracy, best=best.record(),
+                   evaluations=folder.evaluated(), epochs_trained=folder.evaluated() * config.epochs,
+                   class_names=data.class_names, pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
+    for name, content in ((SCHEDULE, plan), ("summary.json", summary)):
+        write_atomic(folder.path / name, (json.dumps(content, indent=2) + "\n").encode())
+    return Outcome(write_best(folder, job, best), data, plan, summary)
+
+
+def formula(h):
+    """Eq. 2 with its numbers, x the label and y the softmax."""
+    t = [h[f"theta{i}"] for i in range(8)]
+    a, b = f"(y {-t[1]:+.3g})", f"(x {-t[0]:+.3g})"
+    terms = zip((t[2], t[3] / 2, t[4] / 6, t[5], t[6] / 2, t[7] / 2),
+                (a, a + "^2", a + "^3", b + a, b + a + "^2", b + "^2" + a), strict=True)
+    return "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"
+
+
+def main(arguments=None):
+    """The command line. Exit code 2 and one line a mistake for what the user can mend."""
+    out = None
+    try:
+        config = parse(arguments)
+        out = config.out
+        if config.plan:
+            n = config.evaluations()
+            print(f"{n} evaluations of {config.epochs} epochs each, {n * config.epochs} in all, "
+                  f"of {config.model} on {config.dataset}")
+            return
+        summary = evolve(config).summary
+    except (ConfigError, DataError, RunError, taylorglo_ext.BackendError) as error:
+        print("\n".join(f"epbt.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        begun = out is not None and checkpoints(out)
+        how = f"; go on with: python epbt.py --resume --out {shlex.quote(out)}" if begun else " before the run began"
+        print(f"\ninterrupted{how}", file=sys.stderr)
+        sys.exit(130)
+    best = summary["best"]
+    print(f"\nbest individual {best['id']}: fitness {best['fitness']:.4f}, test accuracy {best['test_accuracy']:.4f}")
+    print("hyperparameters: " + ", ".join(f"{name} {value:.4g}" for name, value in best["hyperparameters"].items()))
+    if "theta0" in best["hyperparameters"]:
+        print(formula(best["hyperparameters"]))
+    print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained; files in {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""A dataclass as the options of a command line: each field declares its help, its bounds, and its group."""
+
+import argparse
+import math
+from dataclasses import field, fields
+from typing import get_args, get_origin, get_type_hints
+
+from models import nearest
+
+
+class ConfigError(Exception):
+    """One line for each thing that is wrong with a config."""
+
+
+def option(group, default, help, **facts):
+    """A field that is an option. facts: choices; the bounds low and high (inclusive) and above (exclusive); runtime
+    (True where the value cannot change the result, so that a resumed run may have another)."""
+    return field(default=default, metadata={"group": group, "help": help, **facts})
+
+
+def flag(f):
+    return "--" + f.name.replace("_", "-")
+
+
+def kind_of(f, config_class):
+    """The type of a field's value, apart from None: bool, int, float, str or tuple."""
+    declared = get_type_hints(config_class)[f.name]
+    kinds = [t for t in get_args(declared) if t is not type(None)] or [declared]
+    return get_origin(kinds[0]) or kinds[0]
+
+
+def mistakes(config):
+    """A line for each field whose value is not as the field declares."""
+    return [line for f in fields(config) if (line := mistake(f, kind_of(f, type(config)), getattr(config, f.name)))]
+
+
+def mistake(f, kind, value):
+    if value is None and f.default is None:
+        return None
+    if choices := f.metadata.get("choices"):
+        return None if value in choices else (
+            f"{flag(f)} must be one of {', '.join(choices)}, not {value!r}{nearest(str(value), choices)}")
+    if kind is bool or kind is str:
+        return None if isinstance(value, kind) else f"{flag(f)} must be a {kind.__name__}, not {value!r}"
+    bounds = [(f.metadata[key], text, holds) for key, text, holds in BOUNDS if key in f.metadata]
+    for x in value if kind is tuple and isinstance(value, tuple | list) else [value]:
+        number = isinstance(x, int if kind is int else int | float) and not isinstance(x, bool) and math.isfinite(x)
+        if not number or not all(holds(x, bound) for bound, _, holds in bounds):
+            word = "a whole number" if kind is int else "a number"
+            return f"{flag(f)} must be {' and '.join([word, *(f'{text} {b}' for b, text, _ in bounds)])}, not {x!r}"
+    return None
+
+
+BOUNDS = (("low", "at least", lambda x, bound: x >= bound), ("above", "above", lambda x, bound: x > bound),
+          ("high", "at most", lambda x, bound: x <= bound))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line and exit code 2; a mistyped option is told the nearest that there is."""
+        if message.startswith("unrecognized arguments:"):
+            message += nearest(message.split()[2].split("=")[0], self._option_string_actions)
+        self.exit(2, f"{self.prog.split()[-1]}: {message}\n")
+
+
+def number_or_text(text):
+    """As a number where it is one; what is not is told together with all other mistakes."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse(config_class, description, arguments):
+    """The options that a command line gives, as a dict."""
+    parser = Parser(prog="python epbt.py", description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = {}
+    for f in fields(config_class):
+        group, kind = f.metadata["group"], kind_of(f, config_class)
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        default = "" if f.default is None or f.default is False else f" (default {f.default})"
+        number = dict(type=number_or_text, metavar="N" if kind is int else "X", nargs="*" if kind is tuple else None)
+        how = {bool: dict(action="store_true"), str: dict(metavar="NAME")}.get(kind, number)
+        groups[group].add_argument(flag(f), default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
+    return vars(parser.parse_args(arguments))

@@ -1,0 +1,66 @@
+"""What a run leaves to a practitioner: its winner's training schedule, as a small JSON file, and how to train by it.
+
+The ancestry of the fittest individual (Sec. 5.3) is a sequence of losses, learning rates and momenta, one for each
+epoch that its weights were trained. `replay` trains one new network from scratch under that sequence.
+"""
+
+import json
+from pathlib import Path
+
+from records import Individual, RunError
+from training import learning_rate, scaled_theta
+
+SCHEDULE = "schedule.json"
+
+
+def ancestry(log):
+    """Log records from the first ancestor to the fittest of the last generation, each once (Sec. 5.3)."""
+    everyone = {member["id"]: member for line in log for member in line["population"]}
+    line = [max(log[-1]["population"], key=lambda m: (not m["diverged"], m["fitness"], -m["id"]))]
+    while line[-1]["parent"] is not None:
+        line.append(everyone[line[-1]["parent"]])
+    return line[::-1]
+
+
+def schedule(config, job, log):
+    """The winner's schedule: {"dataset", "model", "batch_size", "epochs": [{"learning_rate", "momentum",
+    "weight_decay", "theta": eight numbers, or None for cross-entropy}, ...]}."""
+    epochs = []
+    for ancestor in ancestry(log):
+        h = {**job.fixed, **ancestor["hyperparameters"]}
+        theta = [float(x) for x in scaled_theta(h, job)] if "theta0" in h else None
+        epochs += [dict(learning_rate=learning_rate(h, ancestor["generation"] * job.epochs + e, job),
+                        momentum=h["momentum"], weight_decay=h["weight_decay"], theta=theta)
+                   for e in range(job.epochs)]
+    return dict(dataset=config.dataset, model=config.model, batch_size=config.batch_size, epochs=epochs)
+
+
+def read_schedule(path):
+    """The schedule in a file, or in the folder of a run. Raises RunError."""
+    path = Path(path)
+    path = path / SCHEDULE if path.is_dir() else path
+    try:
+        found = json.loads(path.read_text())
+        for epoch in found["epochs"]:
+            theta = epoch["theta"]
+            numbers = [epoch["learning_rate"], epoch["momentum"], epoch["weight_decay"], *(theta or [])]
+            if not all(isinstance(x, int | float) for x in numbers) or theta is not None and len(theta) != 8:
+                raise ValueError("an epoch is not three numbers and eight thetas")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is not the schedule of a finished run ({error!r})") from error
+    return found
+
+
+def replay(config, space, classes, workers, run):
+    """One new network under a schedule, which is stretched to this run's number of epochs."""
+    epochs = read_schedule(config.replay)["epochs"]
+    population = run.population
+    for g in range(run.generations, config.generations):
+        then = epochs[g * len(epochs) // config.generations]
+        h = dict(lr_scale=then["learning_rate"] / config.learning_rate, lr_decay=1.0, momentum=then["momentum"],
+                 weight_decay=then["weight_decay"])
+        if then["theta"]:
+            h |= {f"theta{i}": x for i, x in enumerate(then["theta"])}
+        population = workers.evaluate([Individual(g, g, h, parent=g - 1 if g else None)])
+        run.record(g, population)
+        yield g, population

@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# Two doors for a newcomer, each of which does all the set-up:
+#   ./run_all.sh demo    Baseline 1, PBT and EPBT on the handwritten digits of scikit-learn, a table and a picture
+#   ./run_all.sh test    the tests
+#
+# The experiments of the paper, five seeds each. All can be stopped and called again: they go on where they were.
+#   ./run_all.sh figure2     CIFAR-10, ResNet-32: Baseline 1, PBT, EPBT        ./run_all.sh table1   figures 2, 3 and 4
+#   ./run_all.sh figure3     CIFAR-10, four wide ResNets: Baseline 1, EPBT     ./run_all.sh table2   the same
+#   ./run_all.sh figure4     SVHN, ResNet-32: Baseline 1, EPBT                 ./run_all.sh all      everything here
+#   ./run_all.sh figure5     ancestries of the losses, from the runs of figure 2
+#   ./run_all.sh figure6     learning rate and momentum, from the runs of figure 2
+#   ./run_all.sh ablations   EPBT on figure 2's data with one part taken out at a time, or put in
+#   ./run_all.sh practice    what the same compute buys without evolution, the best preset, and replayed schedules
+# Before any of them: SCALE=small runs it on data that is at hand; SEEDS="1 2" are its seeds.
+# After any of them:  --dry-run prints the commands and their cost and runs none.
+set -euo pipefail
+cd "$(dirname "$0")"
+python=.venv/bin/python
+scale=${SCALE:-paper}
+seeds=${SEEDS:-1 2 3 4 5}
+section=${1:-help}
+dry_run=$([ "${2:-}" = --dry-run ] && echo yes || true)
+
+case $scale in
+    paper)
+        first="--dataset cifar10 --model resnet32"
+        wide="wrn-10-12 wrn-16-8 wrn-22-6 wrn-28-5"; wide_data="--dataset cifar10"
+        second="--dataset svhn --model resnet32" ;;
+    small)
+        first="--dataset fashion --model resnet8 --limit 3000 --validation 500 --generations 8"
+        wide="wrn-10-1 wrn-16-1"; wide_data="--dataset digits --population 6 --generations 5 --epochs 1"
+        second="--dataset digits --model resnet8 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
+    *) echo "SCALE must be paper or small, not $scale" >&2; exit 2 ;;
+esac
+
+setup() {  # make .venv from requirements.txt when it is missing or older
+    if [ ! -e .venv/complete ] || [ requirements.txt -nt .venv/complete ]; then
+        echo "installing the requirements into .venv (a minute or two; torch is large)"
+        python3 -m venv .venv
+        $python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+        touch .venv/complete
+    fi
+}
+
+run() {  # run NAME SEED OPTIONS: one run, finished or gone on with; its folder is runs/NAME-SEED
+    local folder=runs/$1-$2 seed=$2 options=("${@:3}")
+    if [ -e "$folder/summary.json" ]; then return; fi
+    echo "+ python epbt.py --out $folder --seed $seed ${options[*]}"
+    if [ -n "$dry_run" ]; then $python epbt.py --plan --out "$folder" --seed "$seed" "${options[@]}"; return; fi
+    if compgen -G "$folder/checkpoint-*" > /dev/null; then options+=(--resume); fi
+    $python epbt.py --out "$folder" --seed "$seed" "${options[@]}"
+}
+
+experiment() {  # experiment NAME OPTIONS: one run a seed
+    local seed
+    for seed in $seeds; do run "$scale/$1" "$seed" "${@:2}"; done
+}
+
+draw() {  # draw OUT NAME...: the tables and figures of these experiments
+    local folders=() name seed
+    for name in "${@:2}"; do for seed in $seeds; do folders+=("runs/$scale/$name-$seed"); done; done
+    if [ -z "$dry_run" ]; then $python figures.py --out "figures/$scale/$1" "${folders[@]}"; fi
+}
+
+demo() {
+    for method in baseline pbt epbt; do run demo/$method 0 --method $method --dataset digits; done
+    $python figures.py --out figures/demo runs/demo/baseline-0 runs/demo/pbt-0 runs/demo/epbt-0
+}
+
+figure2_runs() { for method in baseline pbt epbt; do experiment figure2-$method --method $method $first; done; }
+figure2_names="figure2-baseline figure2-pbt figure2-epbt"
+figure2() { figure2_runs; draw figure2 $figure2_names; }
+
+figure3_names=$(for model in $wide; do echo figure3-baseline-$model figure3-epbt-$model; done)
+figure3_runs() {
+    local model method
+    for model in $wide; do
+        for method in baseline epbt; do
+            experiment figure3-$method-$model --method $method $wide_data --model $model
+        done
+    done
+}
+figure3() { figure3_runs; draw figure3 $figure3_names; }
+
+figure4_runs() { for method in baseline epbt; do experiment figure4-$method --method $method $second; done; }
+figure4_names="figure4-baseline figure4-epbt"
+figure4() { figure4_runs; draw figure4 $figure4_names; }
+
+tables() { figure2_runs; figure3_runs; figure4_runs; draw "$1" $figure2_names $figure3_names $figure4_names; }
+
+figure5() { experiment figure2-epbt --method epbt $first; draw figure5 figure2-epbt; }
+figure6() { experiment figure2-epbt --method epbt $first; draw figure6 figure2-epbt; }
+
+ablations() {
+    experiment figure2-epbt           --method epbt $first
+    experiment without-novelty        --method epbt $first --novelty off
+    experiment without-pulsation      --method epbt $first --novelty always
+    experiment without-distillation   --method epbt $first --distillation 0
+    experiment without-crossover      --method epbt $first --crossover 0
+    experiment without-taylorglo      --method epbt $first --loss cross-entropy
+    experiment with-viable-init       --method epbt $first --viable-init
+    experiment with-normalized-loss   --method epbt $first --viable-init --normalize-loss
+    draw ablations figure2-epbt without-novelty without-pulsation without-distillation without-crossover \
+        without-taylorglo with-viable-init with-normalized-loss
+}
+
+practice() {
+    local seed
+    experiment figure2-baseline --method baseline $first
+    experiment random --method random $first
+    experiment best --method epbt --preset best $first
+    for seed in $seeds; do
+        if [ -z "$dry_run" ]; then run "$scale/replay" "$seed" $first --replay "runs/$scale/best-$seed"; fi
+    done
+    draw practice figure2-baseline random best replay
+}
+
+case $section in
+    demo) setup; demo ;;
+    test) setup; $python -m pytest -q "${@:2}" ;;
+    lint) setup; $python -m ruff check . ;;
+    figure2|figure3|figure4|figure5|figure6|ablations|practice) setup; $section ;;
+    table1|table2) setup; tables $section ;;
+    all) setup; tables table1; figure5; figure6; ablations; practice ;;
+    *) sed -n '2,/^set -/{/^set -/!s/^# \{0,1\}//p}' "$0"; exit 2 ;;
+esac

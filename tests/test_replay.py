@@ -1,0 +1,66 @@
+"""The winner's schedule, and a network trained under it."""
+
+import json
+
+import pytest
+
+import epbt
+from replay import ancestry, read_schedule
+
+TINY = ["--dataset", "digits", "--limit", "200", "--validation", "40", "--workers", "1", "--loss-backend", "reference"]
+
+
+def member(id, parent, fitness, diverged=False):
+    return dict(id=id, parent=parent, fitness=fitness, diverged=diverged, generation=0)
+
+
+def test_ancestry_follows_parents_and_names_an_elite_once():
+    elite = member(1, None, 0.7)
+    log = [{"population": [member(0, None, 0.1), elite]},
+           {"population": [elite, member(2, 1, 0.6)]},
+           {"population": [elite, member(3, 2, 0.8), member(4, 1, 0.9, diverged=True)]}]
+    assert [m["id"] for m in ancestry(log)] == [1, 2, 3]  # 4 is fitter, but diverged
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "epbt"
+    epbt.main([*TINY, "--population", "4", "--generations", "3", "--epochs", "2", "--out", str(folder)])
+    return folder
+
+
+def test_schedule_has_what_the_winner_was_trained_with_epoch_by_epoch(finished):
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    line, epochs = ancestry(log), read_schedule(finished)["epochs"]
+    assert len(epochs) == 2 * len(line)
+    for i, ancestor in enumerate(line):
+        h = ancestor["hyperparameters"]
+        for e, epoch in enumerate(epochs[2 * i: 2 * i + 2]):
+            passed = sum(2 * ancestor["generation"] + e >= at for at in (2, 4, 5))  # 30, 60, 80% of 6 epochs
+            assert epoch["learning_rate"] == pytest.approx(0.1 * h["lr_scale"] / h["lr_decay"] ** passed)
+            assert epoch["momentum"] == h["momentum"]
+            assert epoch["theta"] == [h[f"theta{j}"] for j in range(8)]
+
+
+def test_replay_trains_one_network_under_the_stretched_schedule(finished, tmp_path):
+    epochs = read_schedule(finished)["epochs"]
+    n = 2 * len(epochs)
+    epbt.main([*TINY, "--replay", str(finished), "--generations", str(n), "--out", str(tmp_path / "replay")])
+    log = [json.loads(line) for line in (tmp_path / "replay" / "log.jsonl").read_text().splitlines()]
+    assert len(log) == n
+    for g, line in enumerate(log):
+        (network,) = line["population"]
+        assert network["parent"] == (g - 1 if g else None)
+        assert network["hyperparameters"]["theta5"] == epochs[g // 2]["theta"][5]
+        assert 0.1 * network["hyperparameters"]["lr_scale"] == pytest.approx(epochs[g // 2]["learning_rate"])
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"epochs": [{"learning_rate": 1}]}',
+                                     '{"epochs": [{"learning_rate": 1, "momentum": 0, "weight_decay": 0, "theta": [1]}]}'])
+def test_what_is_not_a_schedule_is_refused_in_one_line(content, tmp_path, capsys):
+    path = tmp_path / "schedule.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as exit:
+        epbt.main([*TINY, "--replay", str(path)])
+    assert exit.value.code == 2
+    assert "is not the schedule of a finished run" in capsys.readouterr().err.strip()
