@@ -35,7 +35,7 @@ from evolution import (
     select_elites,
     tournament,
 )
-from models import model_error
+from models import model_error, nearest
 from options import ConfigError, option
 from records import (
     Individual,
@@ -43,12 +43,13 @@ from records import (
     RunFolder,
     checkpoints,
     load_individual,
+    one_line,
     read_config,
     refuse_differences,
     write_atomic,
 )
 from replay import SCHEDULE, read_schedule, replay, schedule
-from training import Job, load_state
+from training import HYPERPARAMETERS, Job, load_state
 from workers import Workers
 
 
@@ -64,7 +65,7 @@ def epbt(config, space, classes, workers, run):
         rng = random_stream("evolution", config.seed, g)
         alive = [m for m in M if not m.diverged]
         if not alive:  # Sec. 3.2, Initialization (again, should a whole generation have diverged)
-            h = initialize(space, config.population, rng, classes if config.viable_init else None)
+            h = initialize(space, config.population, rng, classes if config.viable_init else None, config.known_losses)
             elites, N = [], newborn(M, g, as_dicts(space, h))
             teacher, alpha = None, 0.0
         else:
@@ -142,6 +143,8 @@ class Config:
     crossover: float = option("evolution", 0.5, "probability that a variable comes from the mate, Sec. 3.2; 0: off",
                               low=0, high=1)
     viable_init: bool = option("evolution", False, "draw initial losses again that train backwards; not in the paper")
+    known_losses: int = option("evolution", 0, "how many of the initial losses are an expansion of cross-entropy; not "
+                               "in the paper", low=0)
     novelty: str = option("novelty", "pulsation", "Novelty Selection: off for p generations and on for p, on in one of "
                           "p, always, or never, Sec. 2.5, 3.4", choices=("pulsation", "one-in-p", "always", "off"))
     pulsation_period: int = option("novelty", 5, "p, Sec. 3.4", low=1)
@@ -153,6 +156,8 @@ class Config:
                                  "of the paper's [23]; 0: off", low=0, high=1)
     normalize_loss: bool = option("loss", False, "scale each loss so that its first step is as large as that of "
                                   "cross-entropy; not in the paper")
+    add_cross_entropy: bool = option("loss", False, "add cross-entropy to Eq. 2, so that it regularizes; not in the "
+                                     "paper")
     loss_backend: str = option("loss", "auto", "C++/CUDA kernel, plain PyTorch, or the first that works",
                                choices=("auto", "fused", "reference"))
     epochs: int | None = option("training", None, "per generation, Sec. 4.1", low=1)
@@ -233,14 +238,16 @@ class Config:
         return self.population + (self.generations - 1) * in_a_generation
 
     def search_space(self):
-        """The evolved variables, and the values of those that are not evolved."""
-        fixed = dict(lr_scale=1.0, lr_decay=self.lr_decay, momentum=self.momentum, weight_decay=self.weight_decay)
+        """The variables that the method evolves."""
         if self.method == "epbt":
-            theta = self.loss == "taylorglo"
-            return tuple(v for v in SEARCH_SPACE if theta or not v.name.startswith("theta")), fixed
-        if self.method == "pbt":
-            fixed["lr_decay"] = 1.0  # Sec. 4.1: the learning rate is evolved in place of a schedule
-        return PBT_SPACE if self.method in ("pbt", "random") else (), fixed
+            return tuple(v for v in SEARCH_SPACE if self.loss == "taylorglo" or not v.name.startswith("theta"))
+        return PBT_SPACE if self.method in ("pbt", "random") else ()
+
+    def fixed(self, data):
+        """The hyperparameters of individuals that do not evolve them."""
+        # Sec. 4.1: PBT evolves the learning rate in place of a schedule.
+        return dict(lr_scale=1.0, lr_decay=1.0 if self.method == "pbt" else self.lr_decay, momentum=self.momentum,
+                    weight_decay=self.weight_decay, cutout=data.augmentation.cutout)
 
 
 def parse(arguments):
@@ -249,8 +256,8 @@ def parse(arguments):
     config = Config(**given).resolved()
     if config.resume:
         stored = read_config(config.out)
-        del stored["data"]  # the fingerprint of the images is compared once they are read
-        same = {name: value for name, value in given.items() if name in stored and value != "auto"}
+        stored = {f.name: stored[f.name] for f in fields(Config) if f.name in stored}
+        same = {name: getattr(config, name) for name, value in given.items() if name in stored and value != "auto"}
         refuse_differences({name: stored[name] for name in same}, same, config.out)
         config = Config(**{**given, **stored}).resolved()
     return config
@@ -266,11 +273,12 @@ class Outcome:
     summary: dict  # as in summary.json
 
 
-def evolve(config, make_model=None, train=None, test=None, report=print):
+def evolve(config, make_model=None, train=None, test=None, space=None, report=print):
     """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, or with a model and data of your own.
 
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so that worker
     processes find it. train, test: (images, labels) or map-style Datasets, as data.make_data takes them.
+    space: the evolved variables, for example (*SEARCH_SPACE, Variable("weight_decay", 1e-5, 1e-2, log=True)).
     report: called with each line for people. Raises ConfigError, DataError, RunError and taylorglo_ext.BackendError,
     whose messages are clear lines."""
     if make_model is not None:
@@ -278,12 +286,14 @@ def evolve(config, make_model=None, train=None, test=None, report=print):
     if train is not None:
         config = replace(config, dataset="custom")
     config = config.resolved()
+    space = checked_space(config.search_space() if space is None else space)
     data = read_data(config, train, test)
     config = replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device))
-    space, fixed = config.search_space()
-    shared = {f.name: getattr(config, f.name) for f in fields(Job) if hasattr(config, f.name)}
-    job = Job(data=data, fixed=fixed, **shared)
-    folder = RunFolder(config.out, config.identity() | {"data": data.digest()}, config.resume, config.overwrite)
+    shared = {f.name: getattr(config, f.name) for f in fields(Job) if f.name not in ("data", "fixed")}
+    job = Job(data=data, fixed=config.fixed(data), **shared)
+    identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
+                                    "space": [list(vars(v).values()) for v in space]}
+    folder = RunFolder(config.out, identity, config.resume, config.overwrite)
     with (tqdm(total=config.evaluations(), initial=folder.evaluated(), unit=" networks", disable=None) as bar,
           Workers(job, folder, min(config.workers, config.population), bar) as workers):
         best = None
@@ -293,6 +303,20 @@ def evolve(config, make_model=None, train=None, test=None, report=print):
             if best is not (best := fittest_of(population)):
                 write_best(folder, job, best)
     return finish(config, folder, job)
+
+
+def checked_space(space):
+    """The same variables; raises ConfigError if training does not apply one, or has one twice."""
+    names = [v.name for v in space]
+    lines = [f"no hyperparameter is called {name!r}{nearest(name, HYPERPARAMETERS)}; accepted are "
+             f"{', '.join(HYPERPARAMETERS)}" for name in names if name not in HYPERPARAMETERS]
+    lines += [f"{name} is twice among the evolved variables" for name in sorted(set(names)) if names.count(name) > 1]
+    theta = sum(name.startswith("theta") for name in names)
+    if theta not in (0, 8):
+        lines.append(f"the evolved variables have {theta} of the eight thetas; they must have all or none")
+    if lines:
+        raise ConfigError("\n".join(lines))
+    return tuple(space)
 
 
 def read_data(config, train, test):
@@ -348,6 +372,16 @@ def formula(h):
     return "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"
 
 
+def draw(folder):
+    """The figures and report.html of a finished run."""
+    from figures import draw_run  # here, as every worker process imports this module and matplotlib takes its time
+    from report import report
+
+    with one_line(f"draw into {folder}"):
+        draw_run(folder)
+        report(folder)
+
+
 def main(arguments=None):
     """The command line. Exit code 2 and one line a mistake for what the user can mend."""
     out = None
@@ -360,6 +394,7 @@ def main(arguments=None):
                   f"of {config.model} on {config.dataset}")
             return
         summary = evolve(config).summary
+        draw(out)
     except (ConfigError, DataError, RunError, taylorglo_ext.BackendError) as error:
         print("\n".join(f"epbt.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
@@ -373,7 +408,8 @@ def main(arguments=None):
     print("hyperparameters: " + ", ".join(f"{name} {value:.4g}" for name, value in best["hyperparameters"].items()))
     if "theta0" in best["hyperparameters"]:
         print(formula(best["hyperparameters"]))
-    print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained; files in {out}")
+    print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained")
+    print(f"weights, log, schedule, figures and report.html are in {out}")
 
 
 if __name__ == "__main__":

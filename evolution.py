@@ -46,6 +46,8 @@ class Variable:
 THETA = tuple(Variable(f"theta{i}", -10.0, 10.0, clip=False) for i in range(8))
 LEARNING_RATE_SCHEDULE = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 1.0, 10.0))
 MOMENTUM = (Variable("momentum", 0.5, 0.99),)
+# log y of the true class, expanded to the second order around y = 1/2, as a theta: f = x (2 (y - 1/2) - 2 (y - 1/2)^2).
+CROSS_ENTROPY = (0.0, 0.5, 0.0, 0.0, 0.0, 2.0, -4.0, 0.0)
 SEARCH_SPACE = THETA + LEARNING_RATE_SCHEDULE + MOMENTUM
 
 
@@ -65,16 +67,17 @@ def draw(space, n, rng):
     return np.array([v.at(column) for v, column in zip(space, u.T, strict=True)]).reshape(-1, n).T
 
 
-def initialize(space, n, rng, viable_for=None):
+def initialize(space, n, rng, viable_for=None, known=0):
     """Sec. 3.2, Initialization: h of shape (n, variables), uniform within the ranges.
 
-    With viable_for = the number of classes, rows whose loss would train backwards are drawn again. Not in the paper.
-    """
+    Not in the paper: with viable_for = the number of classes, rows whose loss would train backwards are drawn again,
+    and the losses of the first `known` rows are CROSS_ENTROPY."""
     h = draw(space, n, rng)
-    theta = [i for i, v in enumerate(space) if v in THETA]
+    theta = [i for i, v in enumerate(space) if v.name.startswith("theta")]
     if theta and viable_for is not None:
         while len(backwards := np.flatnonzero(first_step(h[:, theta], viable_for) <= 0)):
             h[backwards] = draw(space, len(backwards), rng)
+    h[:known, theta] = CROSS_ENTROPY[: len(theta)]
     return h
 
 

@@ -7,10 +7,11 @@
     summary.json         the outcome, written at the end
     individuals/ID.ckpt  an individual's weights and momentum: written once by the worker that trained it, never
                          changed; workers read parents and teachers from here
-    checkpoint-G.ckpt    config and log after G generations: with individuals/ all that a resumed run needs
+    checkpoint-G.ckpt    config, log and timing after G generations: with individuals/ all that a resumed run needs
 
 A .ckpt file is the SHA-256 of its payload, then the payload: a NumPy .npz, which cannot carry code. The last two
-checkpoints are kept, and individuals that survive as elites are kept twice, so no single damaged file loses a run.
+checkpoints are kept. An individual of the last two generations is kept twice if it is an elite of the later one, and
+can be had again from the checkpoint before it if not: so no single damaged file loses a run.
 """
 
 import fcntl
@@ -22,13 +23,15 @@ import os
 import shutil
 import sys
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 DIGEST_BYTES = hashlib.sha256().digest_size
-FOR_PEOPLE = ("config.json", "log.jsonl", "timing.jsonl", "best.pt", "summary.json")  # no resumed run reads these
+FOR_PEOPLE = ("config.json", "log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json", "report.html",
+              "*.png", "*.svg")
 
 
 class RunError(Exception):
@@ -64,24 +67,40 @@ class Individual:
         return self.id, self.generation, self.parent, self.mate, self.teacher, self.hyperparameters
 
 
+@contextmanager
+def one_line(action):
+    """What the operating system refuses within becomes a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot {action}: {error.strerror or error}") from error
+
+
 def write_atomic(path, data):
     """The whole of data (bytes) or nothing: temporary file, fsync, rename, fsync of the folder."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with one_line(f"write {path}"):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):  # of the two errors the first says more; leftovers go when the run is resumed
+                temporary.unlink()
+            raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def delete(path):
+    with one_line(f"delete {path}"):
+        path.unlink(missing_ok=True)
 
 
 def write_checked(path, **arrays):
@@ -94,19 +113,26 @@ def write_checked(path, **arrays):
         write_atomic(path, view)
 
 
-def read_checked(path):
-    """The named arrays of a .ckpt file. Raises DamagedFile for any that is missing, damaged or carries objects."""
+def intact_bytes(path):
+    """The bytes of a .ckpt file. Raises DamagedFile if they are not those that were written."""
     try:
         data = memoryview(Path(path).read_bytes())
     except OSError as error:
         raise DamagedFile(f"cannot read {path}: {error.strerror or error}") from error
     if hashlib.sha256(data[DIGEST_BYTES:]).digest() != bytes(data[:DIGEST_BYTES]):
         raise DamagedFile(f"{path} is damaged: its checksum does not match")
+    return data
+
+
+def read_checked(path, decode=dict):
+    """decode(the named arrays of a .ckpt file). Raises DamagedFile if it is missing, damaged or carries objects, and
+    if decode raises: anyone can compute a checksum."""
+    data = intact_bytes(path)
     try:
         with np.load(io.BytesIO(data[DIGEST_BYTES:]), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except ValueError as error:
-        raise DamagedFile(f"{path} is refused: it holds something other than plain arrays") from error
+            return decode(dict(arrays))
+    except Exception as error:  # there is no list of what a hostile archive can make NumPy and zipfile raise
+        raise DamagedFile(f"{path} is refused: it is not what this program writes ({error!r})") from error
 
 
 def _text(array):
@@ -125,11 +151,24 @@ def save_individual(path, individual, state):
 
 
 def load_individual(path):
-    """(individual, state) as save_individual wrote them."""
-    arrays = read_checked(path)
-    individual = Individual(**json.loads(_text(arrays["record"])))
-    individual.correct = np.unpackbits(arrays["correct"], count=int(arrays["validation"])).astype(bool)
-    return individual, arrays["state"]
+    """(individual, state) as save_individual wrote them. Raises DamagedFile."""
+    def decode(arrays):
+        individual = Individual(**json.loads(_text(arrays["record"])))
+        individual.correct = np.unpackbits(arrays["correct"], count=int(arrays["validation"])).astype(bool)
+        return individual, arrays["state"]
+    return read_checked(path, decode)
+
+
+def load_checkpoint(path):
+    """(config, log, timing, log records of the population) as _write_checkpoint left them. Raises DamagedFile."""
+    def decode(arrays):
+        log = _text(arrays["log"])
+        return dict(json.loads(_text(arrays["config"]))), log, _text(arrays["timing"]), _last_population(log)
+    return read_checked(path, decode)
+
+
+def _last_population(log):
+    return [member for line in log.splitlines()[-1:] for member in json.loads(line)["population"]]
 
 
 def finite_or_none(x):
@@ -147,36 +186,42 @@ class RunFolder:
         """config: a dict that JSON can hold, with all that determines the result. Raises RunError."""
         self.path = Path(path)
         self.individuals = self.path / "individuals"
-        self.config, self.log = json.dumps(config, indent=2) + "\n", ""
+        self.config, self.log, self.timing = json.dumps(config, indent=2) + "\n", "", ""
+        with one_line(f"write to {self.path}"):
+            self._lock()
+            if overwrite or not (resume or checkpoints(self.path)):
+                self._clear()
+            elif not resume:
+                raise RunError(f"{self.path} already holds a run: continue it with --resume, or start it over with "
+                               "--overwrite")
+            else:
+                refuse_differences(read_config(self.path), json.loads(self.config), self.path)
+        if not checkpoints(self.path):  # this one is kept twice, as there is none before it
+            self._write_checkpoint(self.path / "checkpoint-00000.mirror.ckpt")
+            self._write_checkpoint(self._checkpoint_path(0))
+        self._restore()
+        for name, text in (("config.json", self.config), ("log.jsonl", self.log), ("timing.jsonl", self.timing)):
+            self._put_back(name, text)
         self.clock = time.perf_counter()
-        try:
-            self._open(overwrite)
-        except OSError as error:
-            raise RunError(f"cannot write to {self.path}: {error.strerror or error}") from error
-        if not checkpoints(self.path):
-            self._write_checkpoint(0)
-        elif resume:
-            refuse_differences(read_config(self.path), json.loads(self.config), self.path)
-        else:
-            raise RunError(f"{self.path} already holds a run: continue it with --resume, or start it over with "
-                           "--overwrite")
-        write_atomic(self.path / "config.json", self.config.encode())
-        self.generations, self.population = self._restore()
 
-    def _open(self, overwrite):
+    def _lock(self):
         self.individuals.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.path / ".lock", "w")
+        with one_line(f"write {self.path / '.lock'}"):
+            self.lock = open(self.path / ".lock", "w")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunError(f"{self.path} is in use by another process") from None
         for leftover in [*self.path.glob(".*.tmp"), *self.individuals.glob(".*.tmp")]:
-            leftover.unlink()
-        if overwrite:
-            shutil.rmtree(self.individuals)
-            self.individuals.mkdir()
-            for old in [*checkpoints(self.path), *(self.path / name for name in FOR_PEOPLE)]:
-                old.unlink(missing_ok=True)
+            delete(leftover)
+
+    def _clear(self):
+        """Forget a run. The config goes first: while it is there, individuals/ is of that config, even if damage
+        leaves no checkpoint."""
+        for old in [*(path for name in FOR_PEOPLE for path in self.path.glob(name)), *checkpoints(self.path)]:
+            delete(old)
+        shutil.rmtree(self.individuals)
+        self.individuals.mkdir()
 
     def individual_path(self, id):
         return self.individuals / f"{id:06d}.ckpt"
@@ -186,30 +231,32 @@ class RunFolder:
 
     def recall(self, individual):
         """The same individual as an interrupted run already evaluated it, or None."""
-        path = self.individual_path(individual.id)
-        if not path.exists():
+        path, mirror = self.individual_path(individual.id), self._mirror_path(individual.id)
+        if not (path.exists() or mirror.exists()):
             return None
         try:
-            found, _ = load_individual(path)
+            found = self._intact(individual.id)
+            if found.lineage() == individual.lineage():
+                return found
         except DamagedFile as error:
             print(f"{error}; evaluating it again", file=sys.stderr)
-            return None
-        return found if found.lineage() == individual.lineage() else None
+        delete(mirror)  # it is not of the evaluation to come
+        return None
 
     def record(self, generation, population, elites=(), **facts):
-        """Close a generation: its line in the log, its checkpoint, its times; then forget who is needed no more."""
+        """Close a generation: its line in the log, its times, its checkpoint; then forget who is needed no more."""
         elites = {individual.id for individual in elites}
         members = [{**individual.record(), "elite": individual.id in elites} for individual in population]
         line = json.dumps({"generation": generation, **facts, "population": members}) + "\n"
-        self.log += line
+        now = time.perf_counter()
+        times = json.dumps({"generation": generation, "seconds": now - self.clock}) + "\n"
+        self.log, self.timing, self.clock = self.log + line, self.timing + times, now
         for id in elites:
             if not self._mirror_path(id).exists():
-                write_atomic(self._mirror_path(id), self.individual_path(id).read_bytes())
-        self._write_checkpoint(generation + 1)
+                write_atomic(self._mirror_path(id), intact_bytes(self.individual_path(id)))
+        self._write_checkpoint(self._checkpoint_path(generation + 1))
         self._append("log.jsonl", line)
-        now = time.perf_counter()
-        self._append("timing.jsonl", json.dumps({"generation": generation, "seconds": now - self.clock}) + "\n")
-        self.clock = now
+        self._append("timing.jsonl", times)
         self._prune()
         self.generations, self.population = generation + 1, population
 
@@ -217,50 +264,71 @@ class RunFolder:
         """How many individuals the completed generations have trained. Ids are given out in order from 0."""
         return 1 + max((individual.id for individual in self.population), default=-1)
 
-    def _write_checkpoint(self, generations):
-        write_checked(self.path / f"checkpoint-{generations:05d}.ckpt", log=_array(self.log),
-                      config=_array(self.config))
+    def read_log(self):
+        """The completed generations: the lines of the log as dicts."""
+        return [json.loads(line) for line in self.log.splitlines()]
+
+    def _checkpoint_path(self, generations):
+        return self.path / f"checkpoint-{generations:05d}.ckpt"
+
+    def _write_checkpoint(self, path):
+        write_checked(path, config=_array(self.config), log=_array(self.log), timing=_array(self.timing))
 
     def _append(self, name, line):
-        try:
-            with open(self.path / name, "a") as file:
-                file.write(line)
-        except OSError as error:
-            raise RunError(f"cannot write {self.path / name}: {error.strerror or error}") from error
+        with one_line(f"write {self.path / name}"), open(self.path / name, "a") as file:
+            file.write(line)
 
     def _prune(self):
+        """Keep the last two checkpoints and the individuals of their populations."""
+        needed = {member["id"] for line in self.log.splitlines()[-2:] for member in _last_population(line)}
         for old in checkpoints(self.path)[2:]:
-            old.unlink()
-        lines = [json.loads(line) for line in self.log.splitlines()[-2:]]
-        needed = {member["id"] for line in lines for member in line["population"]}
+            delete(old)
         for path in self.individuals.glob("*.ckpt"):
-            if int(path.name.split(".")[0]) not in needed:
-                path.unlink()
+            id = path.name.split(".")[0]
+            if id.isdigit() and int(id) not in needed:
+                delete(path)
 
     def _restore(self):
-        """(generations completed, population) as of the newest intact checkpoint.
+        """Take log, timing and population from the newest intact checkpoint.
 
-        The log is put back as the checkpoint has it. Says what is damaged; raises RunError if nothing intact is left.
-        """
+        Says what is damaged; raises RunError if nothing intact is left."""
         damaged = []
         for checkpoint in checkpoints(self.path):
             try:
-                log = _text(read_checked(checkpoint)["log"])
-                lines = log.splitlines()
-                members = json.loads(lines[-1])["population"] if lines else []
-                population = [self._intact(member["id"]) for member in members]
+                _, self.log, self.timing, members = load_checkpoint(checkpoint)
+                self.population = [self._member(member) for member in members]
             except DamagedFile as error:
                 damaged.append(str(error))
                 continue
+            self.generations = len(self.log.splitlines())
             for line in damaged:
-                print(f"{line}; going back to the end of generation {len(lines) - 1}", file=sys.stderr)
-            self.log = log
-            write_atomic(self.path / "log.jsonl", log.encode())
-            return len(lines), population
-        raise RunError(f"{self.path} cannot be resumed: " + "; ".join(damaged))
+                print(f"{line}; going back to the end of generation {self.generations}", file=sys.stderr)
+            return
+        raise RunError(f"{self.path} cannot be resumed: {'; '.join(damaged)}")
+
+    def _put_back(self, name, text):
+        """Write a file for people as it should be. Says so if it was something else, unless that something else is
+        what an interruption leaves: the last line missing or cut short, or lines that came later."""
+        path, expected = self.path / name, text.encode()
+        if path.exists():
+            with one_line(f"read {path}"):
+                found = path.read_bytes()
+            if found == expected:
+                return
+            last_line = expected.rfind(b"\n", 0, -1) + 1
+            if not (found.startswith(expected) or (expected.startswith(found) and len(found) >= last_line)):
+                print(f"{path} is damaged; put back as it was", file=sys.stderr)
+        write_atomic(path, expected)
+
+    def _member(self, member):
+        """Load the individual of a log record."""
+        individual = self._intact(member["id"])
+        if {**individual.record(), "elite": member["elite"]} != member:
+            raise DamagedFile(f"{self.individual_path(member['id'])} is not the individual that the log has")
+        return individual
 
     def _intact(self, id):
-        """Load an individual of the population; where its file is damaged and it has a second copy, mend it."""
+        """Load an individual; where its file is damaged and it has a second copy, mend it. Raises DamagedFile."""
         path, mirror = self.individual_path(id), self._mirror_path(id)
         try:
             return load_individual(path)[0]
@@ -269,24 +337,41 @@ class RunFolder:
                 raise
             individual, _ = load_individual(mirror)
             print(f"{error}; mended from its second copy", file=sys.stderr)
-            write_atomic(path, mirror.read_bytes())
+            write_atomic(path, intact_bytes(mirror))
             return individual
 
 
 def checkpoints(path):
     """Paths of the checkpoints in a run's folder, the newest first."""
-    return sorted(Path(path).glob("checkpoint-*.ckpt"), reverse=True)
+    return sorted(Path(path).glob("checkpoint-[0-9][0-9][0-9][0-9][0-9].*ckpt"), reverse=True)
 
 
 def read_config(path):
-    """The config of the run in a folder, as its checkpoints keep it. Raises RunError."""
-    damaged = [f"{path} holds no run"]
+    """The config of the run in a folder. Raises RunError."""
+    config, *_ = newest_checkpoint(path) or [None]
+    if config is not None:
+        return config
+    file = Path(path) / "config.json"
+    if not file.exists():
+        raise RunError(f"{path} holds no run")
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"cannot read {file}: {error}") from error
+
+
+def newest_checkpoint(path):
+    """What the newest intact checkpoint in a run's folder holds; None where there is none, as in published results,
+    which are config.json and log.jsonl alone. Raises RunError if all are damaged."""
+    damaged = []
     for checkpoint in checkpoints(path):
         try:
-            return json.loads(_text(read_checked(checkpoint)["config"]))
+            return load_checkpoint(checkpoint)
         except DamagedFile as error:
             damaged.append(str(error))
-    raise RunError("; ".join(damaged[1:] or damaged))
+    if damaged:
+        raise RunError(f"{path} cannot be resumed: {'; '.join(damaged)}")
+    return None
 
 
 def refuse_differences(old, new, path):
@@ -298,9 +383,11 @@ def refuse_differences(old, new, path):
 
 
 def read_log(path):
-    """The generations of a run, finished or not: the lines of its log as dicts. Raises RunError."""
-    path = Path(path) / "log.jsonl"
+    """The completed generations of a run, finished or not: the lines of its log as dicts. Raises RunError."""
+    newest = newest_checkpoint(path)
+    file = Path(path) / "log.jsonl"
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        text = file.read_text() if newest is None else newest[1]
+        return [json.loads(line) for line in text.splitlines()]
     except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {path}: {error}") from error
+        raise RunError(f"cannot read {file}: {error}") from error

@@ -11,6 +11,7 @@ from records import Individual, RunError
 from training import learning_rate, scaled_theta
 
 SCHEDULE = "schedule.json"
+NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
 
 
 def ancestry(log):
@@ -24,13 +25,13 @@ def ancestry(log):
 
 def schedule(config, job, log):
     """The winner's schedule: {"dataset", "model", "batch_size", "epochs": [{"learning_rate", "momentum",
-    "weight_decay", "theta": eight numbers, or None for cross-entropy}, ...]}."""
+    "weight_decay", "cutout", "theta": eight numbers, or None for cross-entropy}, ...]}."""
     epochs = []
     for ancestor in ancestry(log):
         h = {**job.fixed, **ancestor["hyperparameters"]}
         theta = [float(x) for x in scaled_theta(h, job)] if "theta0" in h else None
         epochs += [dict(learning_rate=learning_rate(h, ancestor["generation"] * job.epochs + e, job),
-                        momentum=h["momentum"], weight_decay=h["weight_decay"], theta=theta)
+                        momentum=h["momentum"], weight_decay=h["weight_decay"], cutout=h["cutout"], theta=theta)
                    for e in range(job.epochs)]
     return dict(dataset=config.dataset, model=config.model, batch_size=config.batch_size, epochs=epochs)
 
@@ -43,9 +44,9 @@ def read_schedule(path):
         found = json.loads(path.read_text())
         for epoch in found["epochs"]:
             theta = epoch["theta"]
-            numbers = [epoch["learning_rate"], epoch["momentum"], epoch["weight_decay"], *(theta or [])]
+            numbers = [*(epoch[name] for name in NUMBERS), *(theta or [])]
             if not all(isinstance(x, int | float) for x in numbers) or theta is not None and len(theta) != 8:
-                raise ValueError("an epoch is not three numbers and eight thetas")
+                raise ValueError("an epoch is not four numbers and eight thetas")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not the schedule of a finished run ({error!r})") from error
     return found
@@ -58,7 +59,7 @@ def replay(config, space, classes, workers, run):
     for g in range(run.generations, config.generations):
         then = epochs[g * len(epochs) // config.generations]
         h = dict(lr_scale=then["learning_rate"] / config.learning_rate, lr_decay=1.0, momentum=then["momentum"],
-                 weight_decay=then["weight_decay"])
+                 weight_decay=then["weight_decay"], cutout=then["cutout"])
         if then["theta"]:
             h |= {f"theta{i}": x for i, x in enumerate(then["theta"])}
         population = workers.evaluate([Individual(g, g, h, parent=g - 1 if g else None)])

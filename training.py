@@ -4,7 +4,7 @@ Everything that changes between individuals (weights, momentum buffers, learning
 augmentation draws) is a tensor that is filled, never replaced, so that one training step serves them all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from records import Individual, finite_or_none, load_individual, save_individual
 from taylorglo_ext import taylorglo_loss
 
 EVALUATION_BATCH = 500
+# The hyperparameters that training applies: what may be evolved, and what Job.fixed gives where it is not.
+HYPERPARAMETERS = (*(f"theta{i}" for i in range(8)), "lr_scale", "lr_decay", "momentum", "weight_decay", "cutout")
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Job:
     milestones: tuple[float, ...]  # fractions of the run after which the learning rate decays
     fixed: dict[str, float]  # hyperparameters that are not evolved
     normalize_loss: bool  # see scaled_theta
+    add_cross_entropy: bool  # to Eq. 2: not in the paper
     loss_backend: str
     precision: str  # of the networks' activations; weights, BatchNorm statistics and the loss stay in float32
     threads: int
@@ -153,12 +156,14 @@ class Trainer:
             self.theta.copy_(torch.from_numpy(scaled_theta(h, self.job)))
         self.scalars["momentum"].fill_(h["momentum"])
         self.scalars["weight_decay"].fill_(h["weight_decay"])
+        self.augmentation = replace(self.data.augmentation, cutout=round(h["cutout"]))
         self.network.model.train()
         loss = float("nan")
         for epoch in range(self.job.epochs):
             # paper: unspecified: the clock is the generation's, also for the child of an old elite.
             rate = learning_rate(h, individual.generation * self.job.epochs + epoch, self.job)
-            self.scalars["learning_rate"].fill_(rate)
+            # Copied, since fill_ raises for a rate beyond float32; this one diverges like any that is too high.
+            self.scalars["learning_rate"].copy_(torch.tensor(rate, dtype=torch.float64))
             loss = self._epoch(rng)
             if finite_or_none(loss) is None:
                 break
@@ -170,7 +175,7 @@ class Trainer:
         batch = min(self.job.batch_size, n)
         steps = n // batch  # paper: unspecified: images left over wait for the next epoch's order
         order = torch.from_numpy(rng.permutation(n)[: steps * batch]).to(self.device)
-        draws = draw_augmentation(self.data.augmentation, steps * batch, self.data.height, self.data.width, rng)
+        draws = draw_augmentation(self.augmentation, steps * batch, self.data.height, self.data.width, rng)
         draws = torch.from_numpy(draws).to(self.device)
         self.scalars["loss"].zero_()
         for index, draw in zip(order.split(batch), draws.split(batch), strict=True):
@@ -179,7 +184,7 @@ class Trainer:
 
     def _step(self, index, draws):
         data, scalars = self.data, self.scalars
-        images = make_batch(data.train.images, index, draws, data.augmentation, data.mean, data.std)
+        images = make_batch(data.train.images, index, draws, self.augmentation, data.mean, data.std)
         teacher_logits = None
         if self.teacher_path is not None:
             with torch.no_grad():
@@ -195,14 +200,17 @@ class Trainer:
             return network.model(images).float()
 
     def _loss(self, logits, labels, teacher_logits):
-        """Eq. 2 with Eq. 3 inside, or cross-entropy where theta is not among the hyperparameters."""
+        """Eq. 2 with Eq. 3 inside, or cross-entropy where theta is not among the hyperparameters, or their sum."""
         alpha = None if teacher_logits is None else self.scalars["alpha"]
+        loss = 0
         if self.loss_is_taylorglo:
-            return taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
+            loss = taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
+            if not self.job.add_cross_entropy:
+                return loss
         if teacher_logits is None:
-            return F.cross_entropy(logits, labels)
+            return loss + F.cross_entropy(logits, labels)
         one_hot = F.one_hot(labels, logits.shape[1])
-        return F.cross_entropy(logits, alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * one_hot)  # Eq. 3
+        return loss + F.cross_entropy(logits, alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * one_hot)  # Eq. 3
 
     def _score(self, individual):
         """Fitness and behaviour on the validation images; the test accuracy is recorded for comparison only."""

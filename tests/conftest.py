@@ -1,0 +1,63 @@
+"""Shared by the tests of the methods: real runs of a second, and runs that only pretend to train."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from epbt import METHODS, main
+
+TINY = ("--population 4 --generations 3 --epochs 1 --limit 300 --validation 60 --enlarge 1 --workers 1 --threads 1 "
+        "--loss-backend reference")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums round alike only on equally many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def run_epbt(tmp_path_factory):
+    """Carries out `python epbt.py` on the digits with the given options; returns the run's folder."""
+    def run(*options):
+        folder = tmp_path_factory.mktemp("run")
+        main([*TINY.split(), "--out", str(folder), *options])
+        return folder
+    return run
+
+
+@pytest.fixture(scope="session")
+def pretend():
+    """Carries out a method with random fitness in place of training. Returns a namespace of the log, as RunFolder
+    writes it; the calls (individuals, teacher, alpha) of Workers.evaluate; and everyone, the individuals by id."""
+    def run(config, diverges=lambda individual: False, after=None):
+        log, calls, everyone = ([], [], {}) if after is None else (after.log[:], after.calls[:], dict(after.everyone))
+
+        def evaluate(individuals, teacher=None, alpha=0.0):
+            calls.append((individuals, teacher, alpha))
+            for individual in individuals:
+                rng = np.random.default_rng((1, individual.id))
+                individual.diverged = diverges(individual)
+                accuracy = max(0, rng.uniform(-0.2, 1)) * (not individual.diverged)  # many live with a fitness of 0
+                individual.correct = rng.random(50) < accuracy
+                individual.fitness = individual.correct.mean()  # a multiple of 1/50: there are ties
+                everyone[individual.id] = individual
+            return individuals
+
+        def record(generation, population, elites=()):
+            members = [{**m.record(), "elite": any(m is e for e in elites)} for m in population]
+            log.append(json.loads(json.dumps({"generation": generation, "population": members})))
+
+        population = [everyone[m["id"]] for m in log[-1]["population"]] if log else []
+        folder = SimpleNamespace(generations=len(log), population=population, record=record)
+        workers = SimpleNamespace(evaluate=evaluate)
+        generations = METHODS[config.method](config, config.search_space(), 10, workers, folder)
+        assert [g for g, _ in generations] == list(range(folder.generations, config.generations))
+        return SimpleNamespace(log=log, calls=calls, everyone=everyone)
+    return run

@@ -1,0 +1,228 @@
+"""Pools of workers, and what becomes of a run when one of them dies. The long form is tests/soak.py."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import workers
+from data import make_data
+from epbt import Config
+from records import Individual, RunError, load_individual
+from tests.soak import ROOT, TINY, Run, complete, kill, parents, result, undisturbed, wait_for, workers_of
+from training import Job, Task
+from workers import Processes, ThisProcess
+
+THETA = {f"theta{i}": 10.0 * (i == 5) for i in range(8)}
+
+
+@pytest.fixture(scope="module")
+def job():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (600, 1, 8, 8), dtype=np.uint8), rng.integers(0, 10, 600)
+    data = make_data(images, images, validation=100)
+    config = Config(dataset="digits", epochs=1, batch_size=50, loss_backend="reference", device="cpu").resolved()
+    shared = {f.name: getattr(config, f.name) for f in fields(Job) if f.name not in ("data", "fixed")}
+    return Job(data=data, fixed=config.fixed(data), **shared)
+
+
+@pytest.fixture
+def pool(job):
+    pool = Processes(job, 2)
+    yield pool
+    pool.close()
+
+
+def tasks(folder, n=4):
+    folder.mkdir(exist_ok=True)
+    return [Task(Individual(i, 0, {**THETA, "momentum": 0.1 * i}), folder / f"{i}.ckpt", None, None, 0.0)
+            for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def expected(job, tmp_path_factory):
+    """The files that one undisturbed process writes."""
+    folder = tmp_path_factory.mktemp("expected")
+    pool = ThisProcess(job)
+    list(pool.run(tasks(folder)))
+    pool.close()
+    return files(folder)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Trap:
+    """Stands in for an individual until a worker receives it: then it does something, once, or always if no file
+    remembers that it did."""
+
+    def __init__(self, individual, act, *arguments, memory=None):
+        self.id, self.state = individual.id, (individual, act, arguments, memory)
+
+    def __reduce__(self):
+        return spring, self.state
+
+
+def spring(individual, act, arguments, memory):
+    if memory is None or not memory.exists():
+        if memory is not None:
+            memory.touch()
+        act(*arguments)
+    return individual
+
+
+def die(number):
+    os.kill(os.getpid(), number)
+
+
+def fail(error):
+    raise error
+
+
+def with_trap(some, i, *act, **memory):
+    some[i] = replace(some[i], individual=Trap(some[i].individual, *act, **memory))
+    return some
+
+
+# Any number of workers
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(count, job, expected, tmp_path):
+    pool = Processes(job, count)
+    done = list(pool.run(tasks(tmp_path / "run")))
+    pool.close()
+    assert files(tmp_path / "run") == expected
+    for individual in done:
+        written, _ = load_individual(tmp_path / "run" / f"{individual.id}.ckpt")
+        assert individual.record() == written.record() and (individual.correct == written.correct).all()
+
+
+# Workers that die
+
+
+@pytest.mark.parametrize("act, how", [((die, signal.SIGKILL), "signal SIGKILL"), ((os._exit, 3), "exit code 3"),
+                                      ((fail, ValueError("of this")), "exit code 1")])
+def test_a_worker_that_dies_is_replaced_and_its_individual_evaluated_again(act, how, pool, expected, tmp_path, capfd):
+    done = list(pool.run(with_trap(tasks(tmp_path / "run"), 1, *act, memory=tmp_path / "memory")))
+    assert sorted(individual.id for individual in done) == [0, 1, 2, 3]
+    assert files(tmp_path / "run") == expected
+    said = capfd.readouterr().err
+    assert f"a worker died with {how}; individual 1 is evaluated again" in said
+    assert ("ValueError: of this" in said) == (how == "exit code 1")
+    assert len(pool.workers) == 2 and all(worker.process.is_alive() for worker in pool.workers)
+
+
+def test_workers_killed_while_they_train_and_while_they_are_idle(pool, expected, tmp_path):
+    def kill_one():
+        kill(pool.workers[0].process.pid)
+    timers = [threading.Timer(seconds, kill_one) for seconds in (0.1, 0.4, 0.7)]
+    for timer in timers:
+        timer.start()
+    list(pool.run(tasks(tmp_path / "run")))
+    for timer in timers:
+        timer.join()
+    assert files(tmp_path / "run") == expected
+    for worker in pool.workers:  # idle now
+        kill(worker.process.pid)
+        worker.process.join()
+    list(pool.run(tasks(tmp_path / "again")))
+    assert files(tmp_path / "again") == expected
+
+
+def test_a_worker_that_always_dies_ends_in_one_error(pool, expected, tmp_path):
+    with pytest.raises(RunError) as error:
+        list(pool.run(with_trap(tasks(tmp_path / "run"), 0, die, signal.SIGSEGV)))
+    assert str(error.value) == ("individual 0 could not be evaluated: its worker died 3 times, the last time with "
+                                "signal SIGSEGV")
+    assert expected.items() >= files(tmp_path / "run").items()
+
+
+def test_an_error_that_the_user_can_mend_is_told_as_it_is(pool, tmp_path):
+    some = tasks(tmp_path / "run")
+    some[2] = replace(some[2], path=tmp_path / "nowhere" / "2.ckpt")
+    with pytest.raises(RunError) as error:
+        list(pool.run(some))
+    assert str(error.value) == f"cannot write {tmp_path / 'nowhere' / '2.ckpt'}: No such file or directory"
+
+
+# A GPU whose memory is too small
+
+
+def test_out_of_memory_lowers_the_number_of_workers(pool, expected, tmp_path, capfd):
+    trap = fail, torch.OutOfMemoryError("CUDA out of memory")
+    list(pool.run(with_trap(tasks(tmp_path / "run"), 0, *trap, memory=tmp_path / "memory")))
+    assert files(tmp_path / "run") == expected
+    assert len(pool.workers) == 1
+    assert capfd.readouterr().err == "out of GPU memory: going on with 1 of the workers\n"
+
+
+def test_out_of_memory_with_the_last_worker_ends_in_one_error(pool, tmp_path):
+    with pytest.raises(RunError, match="individual 3 does not fit the GPU's memory.*--batch-size"):
+        list(pool.run(with_trap(tasks(tmp_path / "run"), 3, fail, torch.OutOfMemoryError("CUDA out of memory"))))
+    assert pool.workers == []
+
+
+def test_every_gpu_gets_its_share(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert workers._devices("cuda", 5) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
+    assert workers._devices("cpu", 2) == ["cpu", "cpu"]
+
+
+def test_too_little_shared_memory_is_told_before_a_process_dies_of_it(job, monkeypatch):
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RunError, match="/dev/shm has 0 MiB free: use --workers 1"):
+        workers._share(job.data)
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one undisturbed process makes of TINY."""
+    return undisturbed(TINY, tmp_path_factory.mktemp("alone") / "run")
+
+
+def test_a_run_with_workers_is_the_run_without(alone, tmp_path):
+    run = Run([*TINY, "--workers", "3"], tmp_path / "run")
+    assert run.end() == 0, run.said()
+    assert result(tmp_path / "run") == alone
+
+
+def test_ctrl_c_ends_a_run_within_seconds_and_says_how_to_go_on(alone, tmp_path):
+    folder = tmp_path / "a run"
+    process = subprocess.Popen([sys.executable, "epbt.py", *TINY, "--workers", "2", "--out", str(folder)], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: (folder / "individuals" / "000001.ckpt").exists(), 120)
+    family = {process.pid, *workers_of(process.pid)}
+    assert len(family) == 3
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - start < 10
+    assert process.returncode == 130
+    assert re.fullmatch(r"\s*interrupted; go on with: python epbt.py --resume --out '.*/a run'\s*", said)
+    wait_for(lambda: not parents().keys() & family)
+    complete(TINY, folder, alone)
+
+
+def test_a_run_that_is_killed_leaves_no_worker_behind(alone, tmp_path):
+    run = Run([*TINY, "--workers", "2"], tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run" / "individuals" / "000001.ckpt").exists(), 120)
+    family = {run.pid, *workers_of(run.pid)}
+    assert len(family) == 3
+    kill(run.pid)
+    assert run.end() == -signal.SIGKILL
+    wait_for(lambda: not parents().keys() & family)
+    complete(TINY, tmp_path / "run", alone)
