@@ -109,12 +109,14 @@ def he_init(model):
                 nn.init.zeros_(module.bias)
 
 
-# Sec. 4.1; resnet8 is the small one for a CPU.
+# Sec. 4.1; resnet8, wrn-10-1 and wrn-16-1 are small ones for a CPU.
 MODELS = {
     "resnet8": partial(ResNet, 8),
     "resnet20": partial(ResNet, 20),
     "resnet32": partial(ResNet, 32),
     "resnet56": partial(ResNet, 56),
+    "wrn-10-1": partial(WideResNet, 10, 1),
+    "wrn-16-1": partial(WideResNet, 16, 1),
     "wrn-10-12": partial(WideResNet, 10, 12),
     "wrn-16-8": partial(WideResNet, 16, 8),
     "wrn-22-6": partial(WideResNet, 22, 6),

@@ -47,7 +47,8 @@ def mistake(f, kind, value):
         number = isinstance(x, int if kind is int else int | float) and not isinstance(x, bool) and math.isfinite(x)
         if not number or not all(holds(x, bound) for bound, _, holds in bounds):
             word = "a whole number" if kind is int else "a number"
-            return f"{flag(f)} must be {' and '.join([word, *(f'{text} {b}' for b, text, _ in bounds)])}, not {x!r}"
+            limits = " and ".join(f"{text} {bound}" for bound, text, _ in bounds)
+            return f"{flag(f)} must be {f'{word} {limits}'.rstrip()}, not {x!r}"
     return None
 
 

@@ -352,8 +352,9 @@ def read_config(path):
     if config is not None:
         return config
     file = Path(path) / "config.json"
-    if not file.exists():
-        raise RunError(f"{path} holds no run")
+    with one_line(f"read {path}"):
+        if not file.exists():
+            raise RunError(f"{path} holds no run")
     try:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -10,7 +10,7 @@
 #   ./run_all.sh figure5     ancestries of the losses, from the runs of figure 2
 #   ./run_all.sh figure6     learning rate and momentum, from the runs of figure 2
 #   ./run_all.sh ablations   EPBT on figure 2's data with one part taken out at a time, or put in
-#   ./run_all.sh practice    what the same compute buys without evolution, the best preset, and replayed schedules
+#   ./run_all.sh practice    what the same compute buys without evolution, and replayed schedules
 # Before any of them: SCALE=small runs it on data that is at hand; SEEDS="1 2" are its seeds.
 # After any of them:  --dry-run prints the commands and their cost and runs none.
 set -euo pipefail
@@ -62,9 +62,15 @@ draw() {  # draw OUT NAME...: the tables and figures of these experiments
     if [ -z "$dry_run" ]; then $python figures.py --out "figures/$scale/$1" "${folders[@]}"; fi
 }
 
-demo() {
-    for method in baseline pbt epbt; do run demo/$method 0 --method $method --dataset digits; done
-    $python figures.py --out figures/demo runs/demo/baseline-0 runs/demo/pbt-0 runs/demo/epbt-0
+demo() {  # with one seed, unless SEEDS has more
+    local method seed folders=()
+    for method in baseline pbt epbt; do
+        for seed in ${SEEDS:-1}; do
+            run demo/$method "$seed" --method $method --dataset digits
+            folders+=("runs/demo/$method-$seed")
+        done
+    done
+    $python figures.py --out figures/demo "${folders[@]}"
 }
 
 figure2_runs() { for method in baseline pbt epbt; do experiment figure2-$method --method $method $first; done; }
@@ -100,19 +106,20 @@ ablations() {
     experiment without-taylorglo      --method epbt $first --loss cross-entropy
     experiment with-viable-init       --method epbt $first --viable-init
     experiment with-normalized-loss   --method epbt $first --viable-init --normalize-loss
+    experiment with-cross-entropy     --method epbt $first --add-cross-entropy
     draw ablations figure2-epbt without-novelty without-pulsation without-distillation without-crossover \
-        without-taylorglo with-viable-init with-normalized-loss
+        without-taylorglo with-viable-init with-normalized-loss with-cross-entropy
 }
 
 practice() {
     local seed
     experiment figure2-baseline --method baseline $first
     experiment random --method random $first
-    experiment best --method epbt --preset best $first
+    experiment figure2-epbt --method epbt $first
     for seed in $seeds; do
-        if [ -z "$dry_run" ]; then run "$scale/replay" "$seed" $first --replay "runs/$scale/best-$seed"; fi
+        if [ -z "$dry_run" ]; then run "$scale/replay" "$seed" $first --replay "runs/$scale/figure2-epbt-$seed"; fi
     done
-    draw practice figure2-baseline random best replay
+    draw practice figure2-baseline random figure2-epbt replay
 }
 
 case $section in
