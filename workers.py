@@ -200,7 +200,7 @@ def _serve(job, pipe):
         trainer = Trainer(job)
         while True:
             pipe.send(trainer.evaluate(pipe.recv()))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         pass  # the parent is gone
     except (RunError, BackendError) as error:
         pipe.send(error)

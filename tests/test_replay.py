@@ -58,7 +58,7 @@ def test_replay_trains_one_network_under_the_stretched_schedule(finished, tmp_pa
 EPOCH = '{"learning_rate": 1, "momentum": 0, "weight_decay": 0, "cutout": 0, "theta": [1]}'
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"epochs": [{"learning_rate": 1}]}', '{"epochs": [%s]}' % EPOCH])
+@pytest.mark.parametrize("content", ["", "{}", '{"epochs": [{"learning_rate": 1}]}', '{"epochs": [' + EPOCH + "]}"])
 def test_what_is_not_a_schedule_is_refused_in_one_line(content, tmp_path, capsys):
     path = tmp_path / "schedule.json"
     path.write_text(content)

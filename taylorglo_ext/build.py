@@ -1,0 +1,194 @@
+"""Builds the fused operator just in time, once per machine, and loads it.
+
+A build runs in a folder of its own, and the library is renamed into the cache only when it is complete, under a lock that
+the operating system drops with its process. So a build that was killed leaves nothing that the next one would wait for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+SOURCES = {"cpu": ("taylorglo.cpp",), "cuda": ("taylorglo_cuda.cpp", "taylorglo.cu")}
+HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "inputs.h")
+CXX_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")  # psabi: a note on vector arguments, which are inlined
+CUDA_FLAGS = ("-O3", "--threads=2")  # of nvcc, for several architectures
+
+_folder = Path(__file__).parent
+_loaded: set[str] = set()
+
+
+class BackendError(RuntimeError):
+    """The fused loss cannot be had here; the message says what is missing and what to install."""
+
+
+def load_library(device: str) -> None:
+    """Register the operator for "cpu", or for "cpu" and "cuda", building what the cache lacks. Raises BackendError."""
+    for target in ("cpu",) if device == "cpu" else ("cpu", "cuda"):
+        if target in _loaded:
+            continue
+        try:
+            _load_target(target)
+        except BackendError:
+            raise
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            raise BackendError(f"the fused {target} operator could not be built: {_first_error(error)}") from error
+        _loaded.add(target)
+
+
+def _load_target(target: str) -> None:
+    if target == "cuda" and not torch.cuda.is_available():
+        raise BackendError("PyTorch sees no CUDA device; check the driver, and that PyTorch is a CUDA build")
+    library = cached_library(target)
+    if not library.exists():
+        require_compilers(target)
+        with _only_builder(library):
+            if not library.exists():
+                return build(target, library)  # which also loads it
+    torch.ops.load_library(library)
+
+
+def cached_library(target: str) -> Path:
+    """Where the library for this machine is, or will be: its name says what it depends on."""
+    parts = [torch.__version__, str(torch.version.cuda), platform.machine(), os.environ.get("CXX", "")]
+    parts += [(_folder / name).read_text() for name in (*HEADERS, *SOURCES[target], Path(__file__).name)]
+    parts += [_processor(), _architectures() if target == "cuda" else ""]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(caches, "torch_extensions")
+    return Path(root).expanduser() / "taylorglo" / f"taylorglo_{target}_{key}.so"
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+
+
+def _architectures() -> str:
+    """The compute capabilities to build for, in the form of TORCH_CUDA_ARCH_LIST, which overrides the visible GPUs'."""
+    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
+
+
+def require_compilers(target: str) -> None:
+    """Raise BackendError, saying what to install, unless the tools to build for `target` are there."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise BackendError(f"no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++)")
+    if shutil.which("ninja", path=_search_path()) is None:
+        raise BackendError("no ninja; install it (pip install ninja)")
+    if target == "cuda" and cuda_home() is None:
+        raise BackendError(f"no CUDA compiler (nvcc); install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME")
+
+
+def _search_path() -> str:
+    """PATH and the folder of this Python, where pip puts ninja even if the environment is not activated."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
+
+
+def cuda_home() -> str | None:
+    """The toolkit's folder, asked of nvcc itself, because the nvcc on the PATH may be a script outside the toolkit."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which(
+        "nvcc", path="/usr/local/cuda/bin"
+    )
+    if nvcc is None:
+        return None
+    answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", answer.stdout + answer.stderr, re.MULTILINE)
+    return os.path.realpath(top[1].strip()) if top else None
+
+
+def build(target: str, library: Path, extra_cuda_flags: tuple[str, ...] = ()) -> None:
+    """Compile the sources for `target`, load the result, and put it at `library`."""
+    folder = tempfile.mkdtemp(prefix=f"{library.stem}.building-", dir=library.parent)
+    try:
+        with _progress(f"taylorglo_ext: building the fused {target} loss, once"), _toolchain(target) as load:
+            load(
+                name=library.stem,
+                sources=[str(_folder / name) for name in SOURCES[target]],
+                extra_cflags=[*CXX_FLAGS],
+                extra_cuda_cflags=[*CUDA_FLAGS, *extra_cuda_flags],
+                extra_ldflags=["-fopenmp"],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        os.rename(os.path.join(folder, library.name), library)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_builder(library: Path) -> Iterator[None]:
+    """Hold the lock on `library`, and clear away what killed builds left."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in library.parent.glob(f"{library.stem}.building-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+@contextlib.contextmanager
+def _toolchain(target: str):
+    """torch.utils.cpp_extension.load, with the right PATH and CUDA_HOME while it runs."""
+    saved = dict(os.environ)
+    os.environ["PATH"] = _search_path()
+    if target == "cuda":
+        os.environ["CUDA_HOME"] = cuda_home()
+        os.environ["TORCH_CUDA_ARCH_LIST"] = _architectures()
+    try:
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says where it guesses CUDA
+        from torch.utils import cpp_extension
+
+        if target == "cuda":
+            cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+        yield cpp_extension.load
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+@contextlib.contextmanager
+def _progress(message: str) -> Iterator[None]:
+    """Write the message, a dot a second, and the time at the end, to stderr."""
+    done, start = threading.Event(), time.monotonic()
+
+    def dots() -> None:
+        while not done.wait(1):
+            print(".", end="", file=sys.stderr, flush=True)
+
+    print(message, end=" ", file=sys.stderr, flush=True)
+    ticker = threading.Thread(target=dots, daemon=True)
+    ticker.start()
+    try:
+        yield
+    finally:
+        done.set()
+        ticker.join()
+        print(f" {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _first_error(error: Exception) -> str:
+    """The first line of a compiler's output that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return next((line for line in lines if re.search(r"\berror\b", line)), lines[0])
