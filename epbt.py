@@ -273,14 +273,14 @@ class Outcome:
     summary: dict  # as in summary.json
 
 
-def evolve(config, make_model=None, train=None, test=None, space=None, report=print):
+def evolve(config, make_model=None, train=None, test=None, space=None, report=None):
     """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, or with a model and data of your own.
 
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so that worker
     processes find it. train, test: (images, labels) or map-style Datasets, as data.make_data takes them.
     space: the evolved variables, for example (*SEARCH_SPACE, Variable("weight_decay", 1e-5, 1e-2, log=True)).
-    report: called with each line for people. Raises ConfigError, DataError, RunError and taylorglo_ext.BackendError,
-    whose messages are clear lines."""
+    report: called with each line for people, in place of print. Raises ConfigError, DataError, RunError and
+    taylorglo_ext.BackendError, whose messages are clear lines."""
     if make_model is not None:
         config = replace(config, model=f"{make_model.__module__}:{make_model.__qualname__}")
     if train is not None:
@@ -299,7 +299,8 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=pr
         best = None
         for g, population in METHODS[config.method](config, space, data.num_classes, workers, folder):
             with bar.external_write_mode():
-                report(progress_line(config, g, population, folder.evaluated()))
+                line = progress_line(config, g, population, folder.evaluated())
+                report(line) if report else print(line, flush=True)
             if best is not (best := fittest_of(population)):
                 write_best(folder, job, best)
     return finish(config, folder, job)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import taylorglo_ext
+from models import make_model
 from taylorglo_ext import BackendError, TaylorGLOLoss, build, load, taylorglo_loss
 from taylorglo_ext.reference import reference_loss
 
@@ -159,6 +160,22 @@ def test_the_module_replaces_cross_entropy():
     assert list(criterion.state_dict()) == ["theta"] and not list(criterion.parameters())
     with pytest.raises(ValueError, match="theta"):
         TaylorGLOLoss([1, 2, 3])
+
+
+def test_one_training_step_of_a_network_agrees_with_the_reference():
+    rng = torch.Generator().manual_seed(1)
+    images, teacher_logits = torch.randn(32, 1, 8, 8, generator=rng).double(), torch.randn(32, 10, generator=rng).double()
+    labels, theta = torch.randint(10, (32,), generator=rng), 20 * torch.rand(8, generator=rng) - 10
+
+    def weights_after_a_step(loss_function):
+        model = make_model("resnet8", 10, 1, seed=0).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        loss_function(model(images), labels, theta, teacher_logits, 0.3).backward()
+        optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    fused, reference = weights_after_a_step(taylorglo_loss), weights_after_a_step(reference_loss)
+    assert (fused - reference).abs().max() <= 1e-10
 
 
 def test_the_result_has_the_same_bits_for_any_number_of_threads():
