@@ -1,5 +1,5 @@
-// What taylorglo_cuda.cpp, which knows PyTorch, and taylorglo.cu, which knows CUDA, say to each other. The kernels are apart
-// because nvcc takes twenty seconds to read PyTorch's headers, and two to compile the kernels.
+// What taylorglo_cuda.cpp, which knows PyTorch, and taylorglo.cu, which knows CUDA, say to each other. They are apart because
+// nvcc takes twenty seconds to read PyTorch's headers, and a few to compile the kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -117,9 +117,7 @@ def test_a_worker_that_dies_is_replaced_and_its_individual_evaluated_again(act, 
     done = list(pool.run(with_trap(tasks(tmp_path / "run"), 1, *act, memory=tmp_path / "memory")))
     assert sorted(individual.id for individual in done) == [0, 1, 2, 3]
     assert files(tmp_path / "run") == expected
-    said = capfd.readouterr().err
-    assert f"a worker died with {how}; individual 1 is evaluated again" in said
-    assert ("ValueError: of this" in said) == (how == "exit code 1")
+    assert f"a worker died with {how}; individual 1 is evaluated again" in capfd.readouterr().err
     assert len(pool.workers) == 2 and all(worker.process.is_alive() for worker in pool.workers)
 
 

@@ -1,0 +1,1 @@
+"""Micro-benchmarks; their committed results are in results/."""

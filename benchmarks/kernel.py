@@ -1,0 +1,192 @@
+"""Times the TaylorGLO loss, forward and backward, against its reference and against what PyTorch has.
+
+``python -m benchmarks.kernel`` prints a table, and writes ``benchmarks/results/kernel-cpu.csv`` and ``.png`` (with a GPU,
+``kernel-cuda``). Methods take turns, so that whatever else the machine does falls on all of them alike.
+
+- fused: ``taylorglo_loss``
+- reference: the plain PyTorch formula, and compiled: the same under torch.compile
+- cross_entropy: F.cross_entropy on hard labels, in arithmetic a lower bound
+- clone: a copy of the logits in fresh memory, and copy: into existing memory; each reads and writes as many bytes as fused
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taylorglo_ext import load, taylorglo_loss
+from taylorglo_ext.reference import reference_loss
+
+ROWS, CLASSES = (128, 1024, 8192, 65536), (10, 100, 1000)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+METHODS = ("fused", "reference", "compiled", "cross_entropy", "clone", "copy")
+FIELDS = (
+    "device", "torch", "threads", "dtype", "teacher", "rows", "classes",
+    "method", "p10_us", "median_us", "p90_us", "samples",
+)  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
+
+
+def methods(rows: int, classes: int, dtype: torch.dtype, teacher: bool, device: str) -> dict[str, Callable[[], object]]:
+    """What is timed for one cell, by name."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, classes, generator=rng).to(device, dtype).requires_grad_()
+    labels = torch.randint(classes, (rows,), generator=rng).to(device)
+    theta = (20 * torch.rand(8, generator=rng) - 10).to(device)
+    distillation = ()
+    if teacher:
+        teacher_logits = torch.randn(rows, classes, generator=rng).to(device, dtype)
+        distillation = (teacher_logits, torch.tensor(0.3, device=device))
+    compiled_loss = torch.compile(reference_loss, dynamic=True)  # for all sizes
+    source, target = logits.detach(), torch.zeros_like(logits.detach())
+
+    def step(loss_function: Callable[..., Tensor], *arguments) -> None:
+        loss_function(logits, labels, *arguments).backward()
+        logits.grad = None  # here, so that each method frees its own memory
+
+    return {
+        "fused": lambda: step(taylorglo_loss, theta, *distillation),
+        "reference": lambda: step(reference_loss, theta, *distillation),
+        "compiled": lambda: step(compiled_loss, theta, *distillation),
+        "cross_entropy": lambda: step(F.cross_entropy),
+        "clone": source.clone,
+        "copy": lambda: target.copy_(source),
+    }
+
+
+def seconds(function: Callable[[], object], calls: int, device: str) -> float:
+    """The wall time of one of `calls` calls, to the end of the device's work."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / calls
+
+
+def sample(functions: dict[str, Callable], device: str, budget: float, least: int) -> dict[str, list[float]]:
+    """Times of each function, taken in turns until `budget` seconds have gone, but `least` of each."""
+    calls = {}
+    for name, function in functions.items():
+        for _ in range(2):  # compiles, allocates
+            seconds(function, 1, device)
+        calls[name] = max(1, min(100, round(5e-4 / seconds(function, 1, device))))
+        seconds(function, calls[name], device)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + budget
+    while min(map(len, times.values())) < least or time.perf_counter() < end:
+        for name, function in functions.items():
+            times[name].append(seconds(function, calls[name], device))
+    return times
+
+
+def device_name(device: str) -> str:
+    """The model of the processor, without the host's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def describe(cell: dict, times: dict[str, list[float]]) -> list[dict]:
+    """One record for each method."""
+    records = []
+    for name, values in times.items():
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
+        quantiles = {"p10_us": deciles[0], "median_us": statistics.median(values), "p90_us": deciles[-1]}
+        quantiles = {key: round(1e6 * value, 2) for key, value in quantiles.items()}
+        records.append({**cell, "method": name, **quantiles, "samples": len(values)})
+    return records
+
+
+def print_cell(cell: dict, records: list[dict]) -> None:
+    median = {record["method"]: record["median_us"] for record in records}
+    labels = "distilled" if cell["teacher"] else "hard"
+    times = "".join(f"{median[name]:>14.1f}" for name in METHODS)
+    ratios = (median["reference"], median["cross_entropy"], median["clone"], median["copy"])
+    print(
+        f"{cell['dtype']:9}{labels:10}{cell['rows']:>6}{cell['classes']:>6}{times}  "
+        + "".join(f"{value / median['fused']:>8.2f}" for value in ratios),
+        flush=True,
+    )
+
+
+def plot(records: list[dict], path: Path) -> None:
+    """Time against rows, in float32, one panel for each number of classes; hard labels above, distilled below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(2, len(CLASSES), figsize=(11, 6.5), sharex=True, layout="constrained")
+    for line, teacher in zip(panels, (0, 1), strict=True):
+        for panel, classes in zip(line, CLASSES, strict=True):
+            for method in METHODS:
+                points = [
+                    r for r in records
+                    if (r["dtype"], r["teacher"], r["classes"], r["method"]) == ("float32", teacher, classes, method)
+                ]  # fmt: skip
+                rows, median = [r["rows"] for r in points], [r["median_us"] for r in points]
+                drawn = panel.plot(rows, median, marker="o", markersize=3, label=method, lw=2 if method == "fused" else 1)
+                low, high = [r["p10_us"] for r in points], [r["p90_us"] for r in points]
+                panel.fill_between(rows, low, high, color=drawn[0].get_color(), alpha=0.2, lw=0)
+            panel.set(xscale="log", yscale="log", title=f"{'distilled' if teacher else 'hard'} labels, C = {classes}")
+            panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("rows B")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("forward + backward (µs)")
+    panels[0, 0].legend(fontsize=8)
+    first = records[0]
+    threads = f"{first['threads']} threads, " if first["threads"] else ""
+    figure.suptitle(f"float32, {first['device']}, {threads}PyTorch {first['torch']}; median, 10th and 90th percentile")
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="small batches, float32 only, nothing written")
+    options = parser.parse_args()
+    load("fused", options.device)
+    budget, least = (0.3, 3) if options.quick else (3.0, 5)
+    machine = {"device": device_name(options.device), "torch": torch.__version__}
+    machine["threads"] = torch.get_num_threads() if options.device == "cpu" else ""
+    print(", ".join(f"{key} {value}" for key, value in machine.items() if value), "; median times in µs; ratios to fused")
+    print(f"{'dtype':9}{'labels':10}{'B':>6}{'C':>6}" + "".join(f"{name:>14}" for name in METHODS), end="  ")
+    print("".join(f"{name:>8}" for name in ("ref", "ce", "clone", "copy")))
+    records = []
+    for dtype in DTYPES[:1] if options.quick else DTYPES:
+        for teacher in (0, 1):
+            torch.compiler.reset()
+            for classes in CLASSES:
+                for rows in ROWS[:2] if options.quick else ROWS:
+                    cell = {**machine, "dtype": str(dtype).removeprefix("torch."), "teacher": teacher}
+                    cell |= {"rows": rows, "classes": classes}
+                    functions = methods(rows, classes, dtype, bool(teacher), options.device)
+                    new = describe(cell, sample(functions, options.device, budget, least))
+                    print_cell(cell, new)
+                    records += new
+    if options.quick:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / f"kernel-{options.device}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    plot(records, RESULTS / f"kernel-{options.device}.png")
+
+
+if __name__ == "__main__":
+    main()
