@@ -142,6 +142,8 @@ def plot(records: list[dict], path: Path) -> None:
                 low, high = [r["p10_us"] for r in points], [r["p90_us"] for r in points]
                 panel.fill_between(rows, low, high, color=drawn[0].get_color(), alpha=0.2, lw=0)
             panel.set(xscale="log", yscale="log", title=f"{'distilled' if teacher else 'hard'} labels, C = {classes}")
+            panel.set_xticks(ROWS, ROWS)
+            panel.minorticks_off()
             panel.grid(alpha=0.3)
     for panel in panels[-1]:
         panel.set_xlabel("rows B")
@@ -151,7 +153,7 @@ def plot(records: list[dict], path: Path) -> None:
     first = records[0]
     threads = f"{first['threads']} threads, " if first["threads"] else ""
     figure.suptitle(f"float32, {first['device']}, {threads}PyTorch {first['torch']}; median, 10th and 90th percentile")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:

@@ -235,7 +235,7 @@ def signals_to_runs_with_workers(place, rng, expected, count):
         run = Run(RESNET, folder)
         time.sleep(rng.uniform(0, 8))
         family = {run.pid, *descendants(run.pid)}
-        if i % 2:
+        if rng.random() < 0.5:
             kill(run.pid)
             assert (code := run.end()) in (0, -signal.SIGKILL), run.said()
         else:
