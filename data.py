@@ -22,6 +22,7 @@ from models import nearest
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
+SPLITS = {"train", "val", "valid", "validation", "test"}  # subfolders that are not classes, if they are all there is
 HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every run
 
 
@@ -221,6 +222,9 @@ def read_folder(folder, size):
         parts = {entry.name for entry in folder.iterdir() if entry.is_dir()}
     except OSError as error:
         raise DataError(f"cannot read the folder {folder} ({error.strerror})") from error
+    if parts and parts <= SPLITS and parts != {"train", "test"}:
+        raise DataError(f"{folder} has the subfolders {', '.join(sorted(parts))}; accepted are FOLDER/<class>/<image>, or "
+                        "FOLDER/train and FOLDER/test, each of that kind; validation images are taken from train")
     if parts != {"train", "test"}:
         images, labels, class_names = read_image_folder(folder, size)
         return *hold_out(images, labels), class_names
@@ -348,7 +352,7 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
 
 
 def check(train, test, num_classes, validation, limit, enlarge):
-    """Raise DataError if no sensible split can be made."""
+    """Raise DataError if no sensible split can be made. Its lines name the options that a command line has."""
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"the training images are {tuple(train.images.shape[1:])}, the test images "
                         f"{tuple(test.images.shape[1:])} (channels, height, width); they must agree")
@@ -359,12 +363,11 @@ def check(train, test, num_classes, validation, limit, enlarge):
             raise DataError(f"the {part} labels are {labels.min()} to {labels.max()}; with {num_classes} "
                             f"classes they must be 0 to {num_classes - 1}")
     if not 2 <= limit <= len(train):
-        raise DataError(f"the limit is {limit}; it must be 2 to {len(train)}, the number of training images")
+        raise DataError(f"--limit must be 2 to {len(train)}, the number of training images, not {limit}")
     if not 0 < validation < limit:
-        raise DataError(f"the number of validation images is {validation}; it must be 1 to {limit - 1}, "
-                        f"as they are held out of {limit} training images")
+        raise DataError(f"--validation must be 1 to {limit - 1} of the {limit} training images in use, not {validation}")
     if enlarge < 1:
-        raise DataError(f"the validation images cannot be enlarged {enlarge} times; 1 is the least")
+        raise DataError(f"--enlarge must be at least 1, not {enlarge}")
 
 
 def pixel_statistics(images, index):
@@ -453,11 +456,13 @@ def draw_augmentation(augmentation: Augmentation, n, height, width, rng: np.rand
     return rng.integers(0, (offsets, offsets, 1 + augmentation.flip, *centres), size=(n, 5))
 
 
-def make_batch(images, index, draws, augmentation: Augmentation, mean, std) -> torch.Tensor:
+def make_batch(images, index, draws, augmentation: Augmentation, mean, std, cutout=None) -> torch.Tensor:
     """Augmented and normalised training images (B, C, H, W), float32, channels last.
 
     images: (N, C, H + 2 shift, W + 2 shift) uint8 with a border of zeros, channels last; index: (B,) int64
     into them; draws: (B, 5) int64 of `draw_augmentation`; mean, std: (C,) float32. All on one device.
+    cutout: the side of the square where augmentation.cutout is not 0, as a 0-d int64 tensor on the device; so a
+    captured CUDA graph can be replayed with another. None is augmentation.cutout.
     """
     dy, dx, flip, cut_y, cut_x = draws.unbind(1)
     crops = crop(images, index, dy, dx, augmentation.shift)
@@ -466,7 +471,8 @@ def make_batch(images, index, draws, augmentation: Augmentation, mean, std) -> t
         crops = both.index_select(0, flip * len(crops) + torch.arange(len(crops), device=crops.device))
     batch = standardize(crops, mean, std)
     if augmentation.cutout:  # paper: unspecified (what fills the square: the mean, which is 0 by now)
-        batch *= 1 - squares(cut_y, cut_x, augmentation.cutout, *crops.shape[1:])
+        side = augmentation.cutout if cutout is None else cutout
+        batch *= 1 - squares(cut_y, cut_x, side, *crops.shape[1:])
     return batch.view(crops.shape).permute(0, 3, 1, 2)
 
 

@@ -43,12 +43,20 @@ class Variable:
 
 # Sec. 4.1: theta is drawn from U(-10, 10). paper: unspecified: the other three ranges; they contain Baseline 1's
 # schedule (scale 1, decay 5 or 10, momentum 0.9), as the paper asks of its search space.
-THETA = tuple(Variable(f"theta{i}", -10.0, 10.0, clip=False) for i in range(8))
 LEARNING_RATE_SCHEDULE = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 1.0, 10.0))
 MOMENTUM = (Variable("momentum", 0.5, 0.99),)
 # log y of the true class, expanded to the second order around y = 1/2, as a theta: f = x (2 (y - 1/2) - 2 (y - 1/2)^2).
 CROSS_ENTROPY = (0.0, 0.5, 0.0, 0.0, 0.0, 2.0, -4.0, 0.0)
-SEARCH_SPACE = THETA + LEARNING_RATE_SCHEDULE + MOMENTUM
+CUTOUT = (Variable("cutout", 0.0, 16.0),)  # side in pixels; not in the paper
+
+
+def search_space(theta_range=10.0, cutout=False):
+    """The variables that EPBT evolves; those of the loss only with a theta_range, and the cutout if it is wanted."""
+    theta = tuple(Variable(f"theta{i}", -theta_range, theta_range, clip=False) for i in range(8)) if theta_range else ()
+    return theta + LEARNING_RATE_SCHEDULE + MOMENTUM + (CUTOUT if cutout else ())
+
+
+SEARCH_SPACE = search_space()
 
 
 def as_array(space, hyperparameters):

@@ -26,8 +26,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.special import stdtr
 
+from evolution import SEARCH_SPACE
 from records import RunError, read_config, read_log
-from replay import ancestry
+from replay import ancestry, fittest
 from training import learning_rate
 
 METHODS = {"baseline": "Baseline 1", "pbt": "Baseline 2 (PBT)", "random": "Independent networks", "epbt": "EPBT",
@@ -137,11 +138,6 @@ def load_started(folder):
     return run
 
 
-def fittest(population):
-    """The fittest individual, never a diverged one while another lives. The test accuracy decides nothing."""
-    return max(population, key=lambda m: (not m["diverged"], m["fitness"], -m["id"]))
-
-
 def binary_loss(theta, y):
     """Eq. 2 as the 2-D binary classification loss of Sec. 5.3: labels x = (1, 0), predictions (y, 1 - y), n = 2."""
     total = 0.0
@@ -214,25 +210,38 @@ def shared(key, value, runs):
 
 def unusual(config):
     """The settings that are not the default, of those that tell variants of a method apart."""
-    from epbt import CIFAR10, PROTOCOLS, Config  # not above: epbt.py has a run's figures drawn at its end
+    from epbt import CIFAR10, ELITES, PRESETS, PROTOCOLS, Config  # not above: epbt.py has a run's figures drawn at its end
 
     usual = {f.name: f.default for f in fields(Config) if not f.metadata.get("runtime") and f.name not in NO_VARIANT}
     usual |= {key: value for key, value in PROTOCOLS.get(config.dataset, CIFAR10).items() if key in usual}
-    usual |= {"elites": max(1, config.population // 2)}
+    preset = getattr(config, "preset", "paper")
+    usual |= PRESETS[preset] | {"elites": max(1, config.population // ELITES[preset])}
     usual |= {"novelty_candidates": min(getattr(config, "elites", 1) * 3 // 2, config.population)}
     if config.method in SINGLE:
         usual |= {"population": 1}
     if config.method == "replay":
-        usual |= {"generations": config.generations, "epochs": config.epochs}
+        own = "generations", "epochs", "add_cross_entropy", "average_weights"
+        usual |= {key: getattr(config, key) for key in own if hasattr(config, key)}
+    choices = {key: getattr(config, key, usual[key]) for key in ("loss", "theta_range", "evolve_cutout")}
+    usual |= {"space": [list(vars(v).values()) for v in Config(method=config.method, **choices).search_space()]}
     usual = json.loads(json.dumps(usual))  # tuples are lists there
     return {key: getattr(config, key) for key in usual if getattr(config, key, usual[key]) != usual[key]}
 
 
 def spell(key, value):
+    if key == "space":
+        return spell_space(value)
     words = key.replace("_", " ")
     if isinstance(value, bool):
         return words if value else f"no {words}"
     return f"{words} {'/'.join(map(str, value)) if isinstance(value, list) else value}"
+
+
+def spell_space(space):
+    """The evolved variables, with their range where it is not the usual one."""
+    usual = [list(vars(v).values()) for v in SEARCH_SPACE]
+    words = [v[0] if v in usual else "{} {:g} to {:g}".format(*v) for v in space]
+    return "evolved " + ", ".join(dict.fromkeys(re.sub(r"^theta\d", "theta", w).replace("_", " ") for w in words))
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -416,7 +425,7 @@ def figure_losses(runs, title):
     figure = Figure(figsize=(2.4 * columns + 0.9, 2.2 * lines + 0.5), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False, sharex=True).flatten()
     y = np.linspace(0, 1, 51)
-    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.88, 256)))
+    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.8, 256)))
     norm = Normalize(0, max(run.total_epochs for run in runs))
     for ax, run in zip(axes, runs, strict=False):
         for ancestor in run.ancestry:
@@ -435,27 +444,38 @@ def figure_losses(runs, title):
     return figure
 
 
+FIGURE_6 = {"learning rate": "#D55E00", "momentum": "#0072B2"}  # and their colours
+
+
 def figure_schedule(runs, title):
-    """Figure 6: learning rate and momentum of the best individual of each generation (and what else is evolved beside
-    the loss) by epoch, on a linear and a logarithmic scale; a column for each run."""
-    figure = Figure(figsize=(max(4.6, 2.3 * len(runs) + 0.5), 4.8), layout="constrained")
-    axes = figure.subplots(2, len(runs), squeeze=False, sharex=True, sharey="row")
-    palette = ("#D55E00", "#0072B2", *(colour for colour, _ in MORE_LOOKS))
-    for (linear, logarithmic), run in zip(axes.T, runs, strict=True):
+    """Figure 6: learning rate and momentum of the best individual of each generation by epoch, on a linear and a
+    logarithmic scale, and below them what else is evolved beside the loss; a column for each run."""
+    others = [name for name in schedule(runs[0]) if name not in FIGURE_6]
+    figure = Figure(figsize=(max(4.6, 2.3 * len(runs) + 0.5), 4.8 + 1.3 * len(others)), layout="constrained")
+    axes = figure.subplots(2 + len(others), len(runs), squeeze=False, sharex=True, sharey="row",
+                           height_ratios=[2, 2, *(1 for _ in others)])
+
+    def stairs(ax, values, **look):
+        ax.stairs(values, np.arange(len(values) + 1), baseline=None, **look)
+
+    for (linear, logarithmic, *more), run in zip(axes.T, runs, strict=True):
+        values = schedule(run)
+        fixed = [learning_rate(run.fixed | {"lr_decay": run.config.lr_decay}, epoch, run.config)
+                 for epoch in range(run.total_epochs)]
         for ax in (linear, logarithmic):
-            for (name, values), colour in zip(schedule(run).items(), palette, strict=False):
-                ax.stairs(values, np.arange(len(values) + 1), baseline=None, color=colour, linewidth=1.3,
-                          label=name.replace("_", " "))
-            fixed = [learning_rate(run.fixed | {"lr_decay": run.config.lr_decay}, epoch, run.config)
-                     for epoch in range(run.total_epochs)]
-            ax.stairs(fixed, np.arange(len(fixed) + 1), baseline=None, color="#777777", linestyle=":",
-                      label="learning rate of Baseline 1")
+            for name, colour in FIGURE_6.items():
+                if name in values:
+                    stairs(ax, values[name], color=colour, linewidth=1.3, label=name)
+            stairs(ax, fixed, color="#777777", linestyle=":", label="learning rate of Baseline 1")
+        for ax, name in zip(more, others, strict=True):
+            stairs(ax, values[name], color="#009E73", linewidth=1.3)
         linear.set_title(f"seed {run.config.seed}")
         logarithmic.set_yscale("log")
-        logarithmic.set_xlabel("epoch")
-        logarithmic.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    for ax, scale in zip(axes[:, 0], ("linear", "log"), strict=True):
-        ax.set_ylabel(f"value of each, {scale} scale")
+        axes[-1, 0].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    for ax, name in zip(axes[:, 0], ("value of each", "the same, log scale", *others), strict=True):
+        ax.set_ylabel(name.replace("_", " "))
+    for ax in axes[-1]:
+        ax.set_xlabel("epoch")
     figure.suptitle(title, fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

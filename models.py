@@ -10,6 +10,7 @@ import inspect
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,16 @@ def replace_stem(model, in_channels):
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
     return model
+
+
+def factory_name(factory):
+    """The name of a factory, as worker processes find it and tables show it."""
+    module, main = factory.__module__, sys.modules["__main__"]
+    if module == "__main__" and hasattr(main, "__file__"):  # of the script that is running, elsewhere a module
+        name = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
+        if sys.modules.setdefault(name, main) is main:  # not to be carried out again here
+            module = name
+    return f"{module}:{factory.__qualname__}"
 
 
 def own_factory(module_name, attribute):

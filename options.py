@@ -13,8 +13,9 @@ class ConfigError(Exception):
 
 
 def option(group, default, help, **facts):
-    """A field that is an option. facts: choices; the bounds low and high (inclusive) and above (exclusive); runtime
-    (True where the value cannot change the result, so that a resumed run may have another)."""
+    """A field that is an option. facts: choices; the bounds low and high (inclusive) and above (exclusive); otherwise
+    (in words, what is taken where the default is None); runtime (True where the value cannot change the result, so
+    that a resumed run may have another)."""
     return field(default=default, metadata={"group": group, "help": help, **facts})
 
 
@@ -74,16 +75,18 @@ def number_or_text(text):
     return text
 
 
-def parse(config_class, description, arguments):
+def parse(config_class, description, epilog, arguments):
     """The options that a command line gives, as a dict."""
-    parser = Parser(prog="python epbt.py", description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python epbt.py", usage="%(prog)s [OPTION ...]", description=description, epilog=epilog,
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     groups = {}
     for f in fields(config_class):
         group, kind = f.metadata["group"], kind_of(f, config_class)
         groups[group] = groups.get(group) or parser.add_argument_group(group)
-        default = "" if f.default is None or f.default is False else f" (default {f.default})"
+        default = f.metadata.get("otherwise") if f.default is None or f.default is False else f.default
+        help = f.metadata["help"] + ("" if default is None else f" (default {default})")
+        names = "{" + ",".join(f.metadata["choices"]) + "}" if "choices" in f.metadata else "NAME"
         number = dict(type=number_or_text, metavar="N" if kind is int else "X", nargs="*" if kind is tuple else None)
-        how = {bool: dict(action="store_true"), str: dict(metavar="NAME")}.get(kind, number)
-        groups[group].add_argument(flag(f), default=argparse.SUPPRESS, help=f.metadata["help"] + default, **how)
+        how = {bool: dict(action="store_true"), str: dict(metavar=names)}.get(kind, number)
+        groups[group].add_argument(flag(f), default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how)
     return vars(parser.parse_args(arguments))

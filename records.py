@@ -31,7 +31,7 @@ import numpy as np
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 FOR_PEOPLE = ("config.json", "log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json", "report.html",
-              "*.png", "*.svg")
+              "*.png", "*.svg", "tensorboard/*")
 
 
 class RunError(Exception):
@@ -214,6 +214,12 @@ class RunFolder:
             raise RunError(f"{self.path} is in use by another process") from None
         for leftover in [*self.path.glob(".*.tmp"), *self.individuals.glob(".*.tmp")]:
             delete(leftover)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.lock.close()  # for the next run of this process
 
     def _clear(self):
         """Forget a run. The config goes first: while it is there, individuals/ is of that config, even if damage

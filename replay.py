@@ -14,18 +14,25 @@ SCHEDULE = "schedule.json"
 NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
 
 
+def fittest(population):
+    """The fittest log record, never a diverged one while another lives. The test accuracy decides nothing."""
+    return max(population, key=lambda m: (not m["diverged"], m["fitness"], -m["id"]))
+
+
 def ancestry(log):
     """Log records from the first ancestor to the fittest of the last generation, each once (Sec. 5.3)."""
     everyone = {member["id"]: member for line in log for member in line["population"]}
-    line = [max(log[-1]["population"], key=lambda m: (not m["diverged"], m["fitness"], -m["id"]))]
+    line = [fittest(log[-1]["population"])]
     while line[-1]["parent"] is not None:
         line.append(everyone[line[-1]["parent"]])
     return line[::-1]
 
 
 def schedule(config, job, log):
-    """The winner's schedule: {"dataset", "model", "batch_size", "epochs": [{"learning_rate", "momentum",
-    "weight_decay", "cutout", "theta": eight numbers, or None for cross-entropy}, ...]}."""
+    """The winner's schedule: {"dataset", "model", "batch_size", "add_cross_entropy": whether it is added to each loss,
+    "average_weights": whether the running mean of the weights is what counts, "epochs": [{"learning_rate", "momentum",
+    "weight_decay", "cutout", "theta": eight numbers, or None for cross-entropy}, ...]}. taylorglo_ext.losses makes losses
+    of it."""
     epochs = []
     for ancestor in ancestry(log):
         h = {**job.fixed, **ancestor["hyperparameters"]}
@@ -33,7 +40,8 @@ def schedule(config, job, log):
         epochs += [dict(learning_rate=learning_rate(h, ancestor["generation"] * job.epochs + e, job),
                         momentum=h["momentum"], weight_decay=h["weight_decay"], cutout=h["cutout"], theta=theta)
                    for e in range(job.epochs)]
-    return dict(dataset=config.dataset, model=config.model, batch_size=config.batch_size, epochs=epochs)
+    return dict(dataset=config.dataset, model=config.model, batch_size=config.batch_size,
+                add_cross_entropy=job.add_cross_entropy, average_weights=job.average_weights, epochs=epochs)
 
 
 def read_schedule(path):
@@ -42,12 +50,16 @@ def read_schedule(path):
     path = path / SCHEDULE if path.is_dir() else path
     try:
         found = json.loads(path.read_text())
+        if not isinstance(found["model"], str) or not isinstance(found["batch_size"], int) or not found["epochs"]:
+            raise ValueError("its model, its batch size or its epochs are missing")
         for epoch in found["epochs"]:
             theta = epoch["theta"]
             numbers = [*(epoch[name] for name in NUMBERS), *(theta or [])]
             if not all(isinstance(x, int | float) for x in numbers) or theta is not None and len(theta) != 8:
                 raise ValueError("an epoch is not four numbers and eight thetas")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise RunError(f"cannot read {path}, the schedule of a finished run: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not the schedule of a finished run ({error!r})") from error
     return found
 

@@ -19,7 +19,8 @@ CAPTIONS = {
     "curves": "Accuracy by epochs of training. Only the fitness selects; the test accuracy is there to be compared.",
     "losses": "The losses of the fittest individual's ancestry, drawn for two classes (Figure 5 of the paper), each "
               "less its value at y = 1.",
-    "schedule": "Learning rate and momentum of each generation's best individual (Figure 6 of the paper).",
+    "schedule": "Learning rate, momentum and what else is evolved, of each generation's best individual (Figure 6 of the "
+                "paper).",
 }
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -47,6 +48,9 @@ svg {{ display: block; width: 100%; height: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 td {{ padding: 0.2rem 0.5rem 0.2rem 0; border-bottom: 1px solid var(--line); }}
 td + td {{ text-align: right; padding-right: 0; white-space: nowrap; }}
+details table {{ max-width: 40rem; }}
+details td {{ white-space: nowrap; }}
+details td + td {{ white-space: normal; overflow-wrap: anywhere; }}
 summary {{ cursor: pointer; font-weight: 600; }}
 </style>
 <h1>{title}</h1>
@@ -74,8 +78,7 @@ def report(folder):
         sections.append(section("Evolved losses", figures["losses"], CAPTIONS["losses"]))
     if "schedule" in figures:
         sections.append(section("Evolved schedule", figures["schedule"], CAPTIONS["schedule"]))
-    sections.append(f"<details class=wide><summary>Settings</summary>"
-                    f"<div class=scroll>{pairs(vars(run.config))}</div></details>")
+    sections.append(f"<details class=wide><summary>Settings</summary>{pairs(settings(run.config))}</details>")
     state = "Finished" if run.finished else "Running"
     state += f": {len(run.log)} of {run.config.generations} generations, {run.epochs[-1]} of {run.total_epochs} epochs."
     path = Path(folder) / "report.html"
@@ -88,6 +91,12 @@ def section(title, content, caption="", wide=False):
             f"<p>{caption}</p></section>")
 
 
+def settings(config):
+    """As in config.json, the evolved variables with their ranges."""
+    space = ", ".join("{} {:g} to {:g}".format(*variable) for variable in getattr(config, "space", []))
+    return {**vars(config), "space": space or "-"}
+
+
 def pairs(items):
     """A table of names and values."""
     rows = (f"<tr><td>{escape(str(name)).replace('_', ' ')}</td><td>{escape(number(value))}</td></tr>"
@@ -96,7 +105,7 @@ def pairs(items):
 
 
 def number(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def outcome(run):
@@ -111,8 +120,13 @@ def outcome(run):
         "losses or settings tried": f"{tried:,}",
         "epochs trained": f"{trained:,}",
         "epochs to train one network in full under each": f"{full:,} ({full / trained:.1f} times)",
-        "hours": run.seconds / 3600,
+        "duration": duration(run.seconds),
     }))
+
+
+def duration(seconds):
+    return next(f"{seconds / size:.{digits}f} {unit}" for limit, size, digits, unit in (
+        (100, 1, 0, "seconds"), (6_000, 60, 0, "minutes"), (float("inf"), 3600, 1, "hours")) if seconds < limit)
 
 
 def inline(figure):

@@ -1,9 +1,12 @@
 """Train one individual for one generation, then score it: Sec. 3.2, step 3 and Sec. 3.5.
 
 Everything that changes between individuals (weights, momentum buffers, learning rate, theta, alpha, batch indices,
-augmentation draws) is a tensor that is filled, never replaced, so that one training step serves them all.
+augmentation draws) is a tensor that is filled, never replaced, so that one training step serves them all: on a GPU it
+is captured once as a CUDA graph, and then replayed.
 """
 
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -19,7 +22,9 @@ from models import make_model
 from records import Individual, finite_or_none, load_individual, save_individual
 from taylorglo_ext import taylorglo_loss
 
-EVALUATION_BATCH = 500
+EVALUATION_BATCH = 500  # at most
+STEPS_A_TURN = 8  # that a slot takes before the next slot of the same device has its turn
+WARM_UP = 3  # steps before a CUDA graph is captured, as PyTorch asks: libraries allocate and choose in the first ones
 # The hyperparameters that training applies: what may be evolved, and what Job.fixed gives where it is not.
 HYPERPARAMETERS = (*(f"theta{i}" for i in range(8)), "lr_scale", "lr_decay", "momentum", "weight_decay", "cutout")
 
@@ -39,10 +44,13 @@ class Job:
     fixed: dict[str, float]  # hyperparameters that are not evolved
     normalize_loss: bool  # see scaled_theta
     add_cross_entropy: bool  # to Eq. 2: not in the paper
+    average_weights: bool  # see Trainer.average; not in the paper
     loss_backend: str
     precision: str  # of the networks' activations; weights, BatchNorm statistics and the loss stay in float32
     threads: int
     device: str
+    no_graphs: bool = False  # on a GPU: every operation is launched by itself
+    deterministic: bool = False  # on a GPU: only operations that give the same bits each time
 
 
 @dataclass
@@ -106,87 +114,187 @@ class Network:
         self.momentum.mul_(momentum).add_(self.gradient)
         self.weights.addcmul_(self.momentum, learning_rate, value=-1)
 
+    @torch.no_grad()
+    def approach(self, other, weight):
+        """Go a fraction `weight` of the way to another network's weights and BatchNorm statistics."""
+        self.weights.lerp_(other.weights, weight)
+        for own, new in zip(self.model.buffers(), other.model.buffers(), strict=True):
+            if own.is_floating_point():
+                own.lerp_(new, weight)
+            else:
+                own.copy_(new)
+
 
 class Trainer:
-    """One worker's network, data and training step. A function of the task alone: nothing carries over."""
+    """One slot: a network, its teacher and the training step. A function of the task alone: nothing carries over.
+
+    A GPU has several, each with its own stream. They take turns within one thread: see `evaluating`."""
 
     def __init__(self, job):
+        """job: its data is copied to the device unless it is there already."""
         self.job, self.device = job, torch.device(job.device)
         taylorglo_ext.load(job.loss_backend, self.device.type)
         self.data = job.data.to(self.device)
         self.network, self.teacher = (Network(self._new_model(seed=0), self.device) for _ in range(2))
+        # What is scored, teaches and ends in best.pt: the network itself, or the running mean of its weights over about
+        # a generation. The noise of a high learning rate averages out, so selection does not favour low rates too early.
+        self.average = Network(self._new_model(seed=0), self.device) if job.average_weights else self.network
+        self.networks = list(dict.fromkeys((self.network, self.average)))
         self.teacher.model.eval()
         self.teacher_path = None
         self.scalars = {name: torch.zeros((), device=self.device)
                         for name in ("learning_rate", "momentum", "weight_decay", "alpha", "loss")}
         self.theta = torch.zeros(8, device=self.device)
+        self._make_buffers(len(self.data.train))
+        self.graphs = {}
+        self.stream = self.pool = self.random_state = None
+        if self.device.type == "cuda":
+            self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+            torch.cuda.synchronize(self.device)  # what was made on the default stream is about to be used on another
+
+    def _make_buffers(self, n):
+        """What the steps of an epoch read, in order, and how far they have come: on the device for the whole epoch."""
+        self.batch = min(self.job.batch_size, n)
+        self.steps = n // self.batch  # paper: unspecified: images left over wait for the next epoch's order
+        integers = dict(dtype=torch.int64, device=self.device)
+        self.order = torch.zeros(self.steps * self.batch, **integers)
+        self.draws = torch.zeros(self.steps * self.batch, 5, **integers)
+        self.position, self.cutout = torch.zeros((), **integers), torch.zeros((), **integers)
+        self.correct = torch.zeros(max(len(self.data.validation), len(self.data.test)), dtype=torch.bool,
+                                   device=self.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
     def _new_model(self, seed):
         return make_model(self.job.model, self.data.num_classes, self.data.channels, seed)
 
     def evaluate(self, task):
         """Alg. 1, step 3a: train the individual, score it, write it to its file. Returns it, its results filled in."""
+        with self.turn():
+            return next(filter(None, self.evaluating(task)))
+
+    def evaluating(self, task):
+        """The same as a generator: it yields None when another slot may have its turn, and in the end the individual.
+        To be advanced within `turn`."""
         individual = task.individual
         rng = random_stream("training", self.job.seed, individual.generation, individual.id)
-        # Models with dropout draw from PyTorch's generators: seeded here, restored afterwards.
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(rng.integers(2**63)))
-            self._load(task)
-            individual.loss = finite_or_none(self._train(individual, rng))
-            self._score(individual)
-        save_individual(task.path, individual, self.network.state.cpu().numpy())
-        return individual
+        torch.manual_seed(int(rng.integers(2**63)))  # for models with dropout, which draw from PyTorch's generators
+        h = {**self.job.fixed, **individual.hyperparameters}
+        step = self._training_step(h, task.teacher is not None)
+        self.scalars["alpha"].fill_(task.alpha)
+        self._load(task)
+        individual.loss = finite_or_none((yield from self._train(step, individual.generation, h, rng)))
+        yield from self._score(individual)
+        save_individual(task.path, individual, torch.cat([n.state for n in self.networks]).cpu().numpy())
+        yield individual
+
+    @contextmanager
+    def turn(self):
+        """Within it, this slot's stream and its states of PyTorch's random generators are the current ones."""
+        cuda = [self.device] if self.stream else []
+        with torch.random.fork_rng(devices=cuda), torch.cuda.stream(self.stream):  # None: on the CPU
+            if self.random_state is not None:
+                torch.set_rng_state(self.random_state[0])
+                for device, state in zip(cuda, self.random_state[1:], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+            yield
+            self.random_state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+
+    def rehearse(self, count):
+        """So many training steps from wherever the weights are, for a measurement. A generator like
+        `evaluating`."""
+        step = self._training_step(self.job.fixed, distilled=True)
+        while count > 0:
+            yield from self._steps(step, min(count, self.steps))
+            count -= self.steps
+        yield True
+
+    def _training_step(self, h, distilled):
+        """The training step for the hyperparameters h, which are put in place. To be called before the weights are
+        loaded, as a few steps warm up before a graph is captured."""
+        self.augmentation = replace(self.data.augmentation, cutout=round(h["cutout"]))
+        # What decides in Python which operations a step consists of: each kind is a graph of its own.
+        self.distilled, self.loss_is_taylorglo = distilled, "theta0" in h
+        kind = distilled, self.loss_is_taylorglo, self.augmentation.cutout > 0
+        self.network.model.train()
+        step = self._recorded(self._step, kind)
+        if self.loss_is_taylorglo:
+            self.theta.copy_(torch.from_numpy(scaled_theta(h, self.job)))
+        for name in ("momentum", "weight_decay"):
+            self.scalars[name].fill_(h[name])
+        self.cutout.fill_(self.augmentation.cutout)
+        return step
+
+    def _recorded(self, step, kind):
+        """A step that reads and writes fixed tensors only: as it is, or on a GPU as a CUDA graph of it."""
+        if self.stream is None or self.job.no_graphs:
+            return step
+        if (step.__name__, kind) not in self.graphs:
+            for _ in range(WARM_UP):
+                self.position.zero_()
+                step()
+            graph = torch.cuda.CUDAGraph()
+            # One pool of memory for all graphs of a slot, since only one of them runs at a time.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                step()
+            self.graphs[step.__name__, kind] = graph
+        return self.graphs[step.__name__, kind].replay
 
     def _load(self, task):
         if task.parent is None:
             seed = int(random_stream("weights", self.job.seed, task.individual.id).integers(2**63))
-            self.network.start_afresh(self._new_model(seed))
+            for network in self.networks:
+                network.start_afresh(self._new_model(seed))
         else:
-            self.network.state.copy_(torch.from_numpy(load_individual(task.parent)[1]))
+            states = torch.from_numpy(load_individual(task.parent)[1]).chunk(len(self.networks))
+            for network, state in zip(self.networks, states, strict=True):
+                network.state.copy_(state)
         if task.teacher is not None and task.teacher != self.teacher_path:
-            self.teacher.state.copy_(torch.from_numpy(load_individual(task.teacher)[1]))
+            self.teacher.state.copy_(scored(load_individual(task.teacher)[1], self.job))
         self.teacher_path = task.teacher
-        self.scalars["alpha"].fill_(task.alpha)
 
-    def _train(self, individual, rng):
+    def _train(self, step, generation, h, rng):
         """SGD for one generation; returns the mean loss of the last epoch, as soon as it is not finite."""
-        h = {**self.job.fixed, **individual.hyperparameters}
-        self.loss_is_taylorglo = "theta0" in h
-        if self.loss_is_taylorglo:
-            self.theta.copy_(torch.from_numpy(scaled_theta(h, self.job)))
-        self.scalars["momentum"].fill_(h["momentum"])
-        self.scalars["weight_decay"].fill_(h["weight_decay"])
-        self.augmentation = replace(self.data.augmentation, cutout=round(h["cutout"]))
-        self.network.model.train()
         loss = float("nan")
         for epoch in range(self.job.epochs):
             # paper: unspecified: the clock is the generation's, also for the child of an old elite.
-            rate = learning_rate(h, individual.generation * self.job.epochs + epoch, self.job)
+            rate = learning_rate(h, generation * self.job.epochs + epoch, self.job)
             # Copied, since fill_ raises for a rate beyond float32; this one diverges like any that is too high.
             self.scalars["learning_rate"].copy_(torch.tensor(rate, dtype=torch.float64))
-            loss = self._epoch(rng)
+            loss = yield from self.train_epoch(step, rng)
             if finite_or_none(loss) is None:
                 break
         return loss
 
-    def _epoch(self, rng):
+    def train_epoch(self, step, rng):
         """One pass over the training images, in an order and under augmentations drawn anew. Returns the mean loss."""
-        n = len(self.data.train.labels)
-        batch = min(self.job.batch_size, n)
-        steps = n // batch  # paper: unspecified: images left over wait for the next epoch's order
-        order = torch.from_numpy(rng.permutation(n)[: steps * batch]).to(self.device)
-        draws = draw_augmentation(self.augmentation, steps * batch, self.data.height, self.data.width, rng)
-        draws = torch.from_numpy(draws).to(self.device)
+        n = len(self.order)
+        self.order.copy_(torch.from_numpy(rng.permutation(len(self.data.train))[:n]))
+        draws = draw_augmentation(self.augmentation, n, self.data.height, self.data.width, rng)
+        self.draws.copy_(torch.from_numpy(draws))
         self.scalars["loss"].zero_()
-        for index, draw in zip(order.split(batch), draws.split(batch), strict=True):
-            self._step(index, draw)
-        return self.scalars["loss"].item() / steps
+        yield from self._steps(step, self.steps)
+        return self.scalars["loss"].item() / self.steps
 
-    def _step(self, index, draws):
+    def _steps(self, step, count):
+        """So many steps, one after the other; yields between them, and until the device has done them."""
+        self.position.zero_()
+        for i in range(count):
+            if i % STEPS_A_TURN == 0:
+                yield
+            step()
+        if self.stream is not None:
+            done = self.stream.record_event()
+            while not done.query():
+                yield
+
+    def _step(self):
         data, scalars = self.data, self.scalars
-        images = make_batch(data.train.images, index, draws, self.augmentation, data.mean, data.std)
+        rows = self.position + torch.arange(self.batch, device=self.device)
+        self.position += self.batch
+        index, draws = self.order[rows], self.draws[rows]
+        images = make_batch(data.train.images, index, draws, self.augmentation, data.mean, data.std, self.cutout)
         teacher_logits = None
-        if self.teacher_path is not None:
+        if self.distilled:
             with torch.no_grad():
                 teacher_logits = self._logits(self.teacher, images)
         loss = self._loss(self._logits(self.network, images), data.train.labels[index], teacher_logits)
@@ -194,6 +302,8 @@ class Trainer:
         loss.backward()
         self.network.sgd_step(scalars["learning_rate"], scalars["momentum"], scalars["weight_decay"])
         scalars["loss"].add_(loss.detach())
+        if self.job.average_weights:
+            self.average.approach(self.network, 1 / (self.steps * self.job.epochs))
 
     def _logits(self, network, images):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.precision == "bfloat16"):
@@ -214,25 +324,45 @@ class Trainer:
 
     def _score(self, individual):
         """Fitness and behaviour on the validation images; the test accuracy is recorded for comparison only."""
-        self.network.model.eval()
-        validation, finite = self._correct(self.data.validation)
-        state = [self.network.momentum, *self.network.model.state_dict().values()]
-        finite = finite and individual.loss is not None and all(tensor.isfinite().all() for tensor in state)
+        self.average.model.eval()
+        validation = yield from self._classified(self.data.validation, "validation")
+        state = [x for n in self.networks for x in (n.weights, n.momentum, *n.model.buffers())]
+        finite = bool(self.finite) and individual.loss is not None and all(x.isfinite().all() for x in state)
         individual.diverged = not finite
-        individual.correct = validation & (not individual.diverged)
+        individual.correct = validation & finite
         individual.fitness = float(individual.correct.mean())
-        individual.test_accuracy = float(self._correct(self.data.test)[0].mean())
+        test = yield from self._classified(self.data.test, "test")
+        individual.test_accuracy = float(test.mean())
 
-    @torch.no_grad()
-    def _correct(self, image_set):
-        """Which images are classified correctly, NumPy booleans (N,), and whether all logits were finite."""
-        correct, finite = [], torch.ones((), dtype=torch.bool, device=self.device)
-        for images, labels in zip(image_set.images.split(EVALUATION_BATCH), image_set.labels.split(EVALUATION_BATCH),
-                                  strict=True):
-            logits = self._logits(self.network, normalize(images, self.data.mean, self.data.std))
-            correct.append(logits.argmax(dim=1) == labels)
-            finite &= logits.isfinite().all()
-        return torch.cat(correct).cpu().numpy(), bool(finite)
+    def _classified(self, image_set, kind):
+        """Which images are classified correctly, NumPy booleans (N,); self.finite: whether all logits were finite."""
+        n = len(image_set)
+        batches = -(-n // EVALUATION_BATCH)
+        batch = -(-n // batches)
+
+        @torch.no_grad()
+        def classify():
+            rows = (self.position + torch.arange(batch, device=self.device)).clamp(max=n - 1)
+            self.position += batch
+            images = normalize(image_set.images[rows], self.data.mean, self.data.std)
+            logits = self._logits(self.average, images)
+            self.correct[rows] = logits.argmax(dim=1) == image_set.labels[rows]
+            self.finite &= logits.isfinite().all()
+
+        step = self._recorded(classify, kind)
+        self.finite.fill_(True)
+        yield from self._steps(step, batches)
+        return self.correct[:n].cpu().numpy()
+
+
+def prepare(job):
+    """What a process does once before its first Trainer; returns the job with its data on the device."""
+    torch.set_num_threads(job.threads)
+    if job.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not job.deterministic
+    return replace(job, data=job.data.to(job.device))
 
 
 def learning_rate(h, epoch, job):
@@ -254,10 +384,15 @@ def scaled_theta(h, job):
     return theta
 
 
+def scored(state, job):
+    """The part of an individual's state that was scored: the last of its networks'."""
+    return torch.from_numpy(state).chunk(1 + job.average_weights)[-1]
+
+
 def load_state(job, state):
     """The model whose flat state this is, in plain contiguous tensors, on the CPU and in evaluation mode."""
     network = Network(make_model(job.model, job.data.num_classes, job.data.channels, seed=0), "cpu")
-    network.state.copy_(torch.from_numpy(state))
+    network.state.copy_(scored(state, job))
     model = make_model(job.model, job.data.num_classes, job.data.channels, seed=0)
     model.load_state_dict(network.model.state_dict())
     return model.eval()

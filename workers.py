@@ -1,9 +1,12 @@
-"""Where evaluations run: in this process, or on a pool of processes, each with one CPU thread or on one GPU.
+"""Where evaluations run: in this process, on a pool of processes on CPU cores or GPUs, or on a Ray cluster.
 
 "Since the evaluation of an individual does not depend on other individuals, the entire EPBT process can be
 parallelized" (Sec. 3.1). An evaluation is a function of its task alone, so a run gives the same bits for any number
 of workers. Weights travel through the run's folder (written once, read from the page cache), images through shared
 memory; only the task and the scores go through a pipe.
+
+On a CPU a worker is a process with a thread. A GPU has one process, and in it as many slots as pay: each a Trainer
+with a stream and captured graphs of its own, all replayed in turn by one thread.
 """
 
 import ctypes
@@ -12,6 +15,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from dataclasses import replace
@@ -22,22 +26,23 @@ import torch.multiprocessing as multiprocessing
 
 from records import RunError
 from taylorglo_ext import BackendError
-from training import Task, Trainer
+from training import Task, Trainer, prepare
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-ATTEMPTS = 3  # a worker that dies is started again and its task given out again, this many times in all
+ATTEMPTS = 3  # a worker that dies is started again and its tasks given out again, this many times in all
 OUT_OF_MEMORY = 75  # the exit code of a worker whose GPU had no memory left
 PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
+MOST_SLOTS = 16  # on a GPU
+REHEARSAL = 50  # training steps by which throughput is measured
+WORTHWHILE = 1.05  # one more slot must raise the throughput of a GPU by this factor
 
 
 class Workers:
     """Evaluates individuals; what an interrupted run has already evaluated is taken from its folder."""
 
-    def __init__(self, job, folder, count, progress):
-        """progress: something with tqdm's update(n), called once for each individual."""
-        self.folder, self.progress = folder, progress
-        # A GPU always has a process of its own: after a CUDA error only a new process can use it again.
-        self.pool = ThisProcess(job) if count == 1 and job.device == "cpu" else Processes(job, count)
+    def __init__(self, pool, folder, progress):
+        """pool: see `make_pool`. progress: something with tqdm's update(n), called once for each individual."""
+        self.pool, self.folder, self.progress = pool, folder, progress
 
     def evaluate(self, individuals, teacher=None, alpha=0.0):
         """Alg. 1, step 3a: the same individuals, trained and scored, in the same order."""
@@ -67,14 +72,23 @@ class Workers:
         self.pool.close()
 
 
+def make_pool(job, count, backend="processes", address=None):
+    """The pool for `Workers`. count: how many individuals are evaluated at once; None, on a GPU: as many as pay."""
+    if backend == "ray":
+        from cluster import RayPool  # here, as Ray is an optional requirement
+
+        return RayPool(job, count, address)
+    # A GPU always has a process of its own: after a CUDA error only a new process can use it again.
+    return ThisProcess(job) if count == 1 and job.device == "cpu" else Processes(job, count)
+
+
 class ThisProcess:
     """The pool of one worker on the CPU."""
 
     def __init__(self, job):
         keep_freed_memory()
         self.threads = torch.get_num_threads()
-        torch.set_num_threads(job.threads)
-        self.trainer = Trainer(job)
+        self.trainer = Trainer(prepare(job))
 
     def run(self, tasks):
         yield from map(self.trainer.evaluate, tasks)
@@ -90,50 +104,68 @@ class Processes:
         self.context = _forkserver()
         if job.device == "cpu":
             _share(job.data)
-        self.workers = [_Worker(self.context, replace(job, device=device)) for device in _devices(job.device, count)]
+            places = [("cpu", 1)] * count
+        else:
+            places = [(f"cuda:{i}", slots) for i, slots in enumerate(_shares(count, torch.cuda.device_count()))]
+        self.workers = [_Worker(self.context, replace(job, device=device), slots) for device, slots in places]
+        for worker in self.workers:
+            worker.learn_slots()
 
     def run(self, tasks):
         """Yields each task's individual as it is done, in no particular order."""
         waiting, attempts = deque(tasks), Counter()
-        while waiting or any(worker.task for worker in self.workers):
-            for worker in self.workers:
-                if waiting and worker.task is None:
-                    worker.give(waiting.popleft())
+        while waiting or any(worker.tasks for worker in self.workers):
+            # One task a round to each, so that all GPUs are given the same number.
+            while waiting and (free := [worker for worker in self.workers if len(worker.tasks) < worker.slots]):
+                min(free, key=lambda worker: len(worker.tasks)).give(waiting.popleft())
             for worker in self._ready():
-                task, answer = worker.task, worker.take()
+                answer = worker.take()
                 if answer is not None:
                     yield answer
                 else:
-                    waiting.appendleft(task)
-                    self._replace(worker, task.individual.id, attempts)
+                    waiting.extendleft(worker.tasks.values())
+                    self._replace(worker, attempts)
 
     def _ready(self):
         """The busy workers that have answered or died; waits for the first."""
-        busy = {worker.pipe: worker for worker in self.workers if worker.task is not None}
+        busy = {worker.pipe: worker for worker in self.workers if worker.tasks}
         return [busy[pipe] for pipe in connection.wait(list(busy))]
 
-    def _replace(self, worker, id, attempts):
-        """Start another worker in the place of one that died over the individual id; where the GPU's memory is
-        too small for all of them, do with one less."""
+    def _replace(self, worker, attempts):
+        """Start another worker in the place of one that died over its tasks; where the GPU's memory was too small for
+        all of them, with one slot less."""
         self.workers.remove(worker)
+        slots, ids = worker.slots, sorted(worker.tasks)
         if worker.process.exitcode == OUT_OF_MEMORY:
-            if not self.workers:
-                raise RunError(f"individual {id} does not fit the GPU's memory, even with one worker: use a smaller "
+            slots -= 1
+            if slots == 0 and not self.workers:
+                raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: use a smaller "
                                "--batch-size or --model, or free the GPU")
-            print(f"out of GPU memory: going on with {len(self.workers)} of the workers", file=sys.stderr)
-            return
-        attempts[id] += 1
-        if attempts[id] == ATTEMPTS:
-            raise RunError(f"individual {id} could not be evaluated: its worker died {ATTEMPTS} times, the last time "
-                           f"with {worker.died_of()}")
-        print(f"a worker died with {worker.died_of()}; individual {id} is evaluated again", file=sys.stderr)
-        self.workers.append(_Worker(self.context, worker.job))
+            print(f"out of memory on {worker.job.device}: going on with {slots or 'no'} of its slots", file=sys.stderr)
+            if slots == 0:
+                return
+        else:
+            attempts.update(ids)
+            worst = max(ids, key=attempts.get)
+            if attempts[worst] == ATTEMPTS:
+                raise RunError(f"individual {worst} could not be evaluated: its worker died {ATTEMPTS} times, the last "
+                               f"time with {worker.died_of()}")
+            print(f"a worker died with {worker.died_of()}; individual {', '.join(map(str, ids))} is evaluated again",
+                  file=sys.stderr)
+        self.workers.append(_Worker(self.context, worker.job, slots))
 
     def close(self):
         for worker in self.workers:
             worker.process.kill()
         for worker in self.workers:
             worker.process.join()
+
+
+def _shares(count, devices):
+    """Slots for each of the devices: count divided among them, those with none left out; None each for None."""
+    if count is None:
+        return [None] * devices
+    return [count // devices + (i < count % devices) for i in range(min(count, devices))]
 
 
 def _forkserver():
@@ -155,26 +187,37 @@ def _forkserver():
 class _Worker:
     """One process of the pool, seen from the parent."""
 
-    def __init__(self, context, job):
-        self.job, self.task = job, None
+    def __init__(self, context, job, slots):
+        """slots: how many tasks it has at once; None: it finds out how many pay, and `learn_slots` waits for it."""
+        self.job, self.tasks = job, {}
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(job, theirs), daemon=True)
+        self.process = context.Process(target=_serve, args=(job, slots, theirs), daemon=True)
         try:
             self.process.start()
         except (OSError, EOFError) as error:
             raise RunError(f"cannot start a worker process: {error or 'the server that forks them is gone'}") from error
         theirs.close()  # so that its death closes the pipe
+        self.slots = slots
+
+    def learn_slots(self):
+        self.slots = self.slots or self._answer() or 1  # if it died instead, take() finds out
 
     def give(self, task):
-        self.task = task
+        self.tasks[task.individual.id] = task
         try:
             self.pipe.send(task)
         except OSError:
             pass  # it died while idle: take() finds out
 
     def take(self):
-        """The answer to the task, or None if the process died; an error that is the user's to mend is raised."""
-        self.task = None
+        """The individual of one of its tasks, or None if the process died; an error that is the user's to mend is
+        raised."""
+        answer = self._answer()
+        if answer is not None:
+            del self.tasks[answer.id]
+        return answer
+
+    def _answer(self):
         try:
             answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -191,15 +234,16 @@ class _Worker:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _serve(job, pipe):
+def _serve(job, slots, pipe):
     """The worker process: answers tasks until its parent is gone or it cannot."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     keep_freed_memory()
-    torch.set_num_threads(job.threads)
     try:
-        trainer = Trainer(job)
-        while True:
-            pipe.send(trainer.evaluate(pipe.recv()))
+        job = prepare(job)
+        trainers = [Trainer(job) for _ in range(slots)] if slots else worthwhile_trainers(job)
+        if slots is None:
+            pipe.send(len(trainers))
+        _take_turns(trainers, pipe)
     except (EOFError, ConnectionError):
         pass  # the parent is gone
     except (RunError, BackendError) as error:
@@ -209,6 +253,59 @@ def _serve(job, pipe):
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+
+
+def _take_turns(trainers, pipe):
+    """Evaluate the tasks that come through the pipe, one a trainer, a few steps of each in turn."""
+    idle, busy = list(trainers), {}
+    while True:
+        while idle and (not busy or pipe.poll()):
+            trainer = idle.pop()
+            busy[trainer] = trainer.evaluating(pipe.recv())
+        for trainer, individual in finished(busy):
+            pipe.send(individual)
+            idle.append(trainer)
+
+
+def finished(busy):
+    """Give each of the busy trainers {trainer: generator} its turn; take out and return those that came to their
+    end, with what they end in."""
+    ended = []
+    for trainer, evaluation in list(busy.items()):
+        with trainer.turn():
+            result = next(evaluation)
+        if result is not None:
+            del busy[trainer]
+            ended.append((trainer, result))
+    return ended
+
+
+def worthwhile_trainers(job):
+    """As many trainers on this GPU as raise its throughput, found by trying, within its memory."""
+    trainers, best = [], 0.0
+    while len(trainers) < MOST_SLOTS:
+        try:
+            images = throughput([*trainers, one_more := Trainer(job)])
+        except torch.OutOfMemoryError:
+            if not trainers:
+                raise
+            break
+        if images < best * WORTHWHILE:
+            break
+        trainers.append(one_more)
+        best = images
+    return trainers
+
+
+def throughput(trainers):
+    """Training images/s of these slots together, with a teacher, as in most of a run's steps."""
+    for _ in range(2):  # the first time captures the graphs
+        begun = time.perf_counter()
+        busy = {trainer: trainer.rehearse(REHEARSAL) for trainer in trainers}
+        images = sum(REHEARSAL * trainer.batch for trainer in trainers)
+        while busy:
+            finished(busy)
+    return images / (time.perf_counter() - begun)
 
 
 def keep_freed_memory():
@@ -223,13 +320,6 @@ def keep_freed_memory():
 def _exit_with_parent():
     connection.wait([parent_process().sentinel])
     os._exit(1)
-
-
-def _devices(device, count):
-    """A device for each of count workers; every GPU gets its share (Sec. 3.1)."""
-    if device == "cpu":
-        return ["cpu"] * count
-    return [f"cuda:{i % torch.cuda.device_count()}" for i in range(count)]
 
 
 def _share(data):

@@ -10,12 +10,13 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .build import BackendError, load_library
 from .reference import check_inputs, check_labels, reference_loss, widen
 
-__all__ = ["BackendError", "TaylorGLOLoss", "load", "taylorglo_loss"]
+__all__ = ["BackendError", "TaylorGLOLoss", "load", "losses", "taylorglo_loss"]
 
 _in_use: dict[str, str] = {}  # device type -> the backend that load() chose for it
 
@@ -82,10 +83,14 @@ def taylorglo_loss(
 
 
 class TaylorGLOLoss(nn.Module):
-    """:func:`taylorglo_loss` in the place of ``nn.CrossEntropyLoss``; theta is a float32 buffer and is not trained."""
+    """:func:`taylorglo_loss` in the place of ``nn.CrossEntropyLoss``; theta is a float32 buffer and is not trained.
 
-    def __init__(self, theta: Sequence[float] | Tensor):
+    With add_cross_entropy (not in the paper) it is added to the loss, with the labels of Eq. 3 where there is a teacher.
+    """
+
+    def __init__(self, theta: Sequence[float] | Tensor, add_cross_entropy: bool = False):
         super().__init__()
+        self.add_cross_entropy = add_cross_entropy
         self.register_buffer("theta", torch.as_tensor(theta, dtype=torch.float32).detach().clone())
         if self.theta.shape != (8,):
             raise ValueError(f"theta: expected 8 numbers, got shape {tuple(self.theta.shape)}")
@@ -93,4 +98,16 @@ class TaylorGLOLoss(nn.Module):
     def forward(
         self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor | None = None
     ) -> Tensor:
-        return taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
+        loss = taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
+        if not self.add_cross_entropy:
+            return loss
+        if teacher_logits is not None:  # Eq. 3
+            labels = alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * F.one_hot(labels, logits.shape[1])
+        return loss + F.cross_entropy(logits, labels)
+
+
+def losses(schedule: dict) -> list[nn.Module]:
+    """The loss of each epoch of a run's schedule.json, as ``json.load`` gives it: called as ``loss(logits, labels)``."""
+    add_cross_entropy = schedule.get("add_cross_entropy", False)
+    return [nn.CrossEntropyLoss() if epoch["theta"] is None else TaylorGLOLoss(epoch["theta"], add_cross_entropy)
+            for epoch in schedule["epochs"]]

@@ -340,12 +340,12 @@ def test_sources_that_cannot_be_used():
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"validation": 0}, "validation images is 0; it must be 1 to 199"),
-    ({"validation": 200}, "validation images is 200; it must be 1 to 199"),
-    ({"validation": 50, "limit": 50}, "validation images is 50; it must be 1 to 49"),
-    ({"limit": 201}, "the limit is 201; it must be 2 to 200"),
-    ({"limit": 0}, "the limit is 0"),
-    ({"enlarge": 0}, "enlarged 0 times"),
+    ({"validation": 0}, "--validation must be 1 to 199 of the 200 training images in use, not 0"),
+    ({"validation": 200}, "--validation must be 1 to 199"),
+    ({"validation": 50, "limit": 50}, "--validation must be 1 to 49 of the 50 training images in use, not 50"),
+    ({"limit": 201}, "--limit must be 2 to 200, the number of training images, not 201"),
+    ({"limit": 0}, "--limit must be 2 to 200, the number of training images, not 0"),
+    ({"enlarge": 0}, "--enlarge must be at least 1, not 0"),
 ])
 def test_splits_that_make_no_sense(options, words):
     assert words in error_line(custom, **options)
@@ -486,7 +486,7 @@ def test_svhn_damaged_and_missing(tmp_path, monkeypatch, name):
 
 def test_too_few_images_for_the_default_split(tmp_path, monkeypatch):
     write_svhn(tmp_path, monkeypatch)
-    assert "validation images is 30000; it must be 1 to 59" in error_line(load_data, "svhn", tmp_path)
+    assert "--validation must be 1 to 59" in error_line(load_data, "svhn", tmp_path)
 
 
 def write_fashion(folder, compress, train=60, test=20):
@@ -631,3 +631,17 @@ def test_folder_splits_with_different_classes(tmp_path):
     write_folder(tmp_path / "train", ["red", "green"])
     write_folder(tmp_path / "test", ["red", "blue"])
     assert "same classes; only one of them has blue, green" in error_line(load_data, str(tmp_path))
+
+
+@pytest.mark.parametrize("parts", [["train", "val"], ["train", "test", "valid"], ["train"]])
+def test_a_split_is_not_taken_for_a_class(parts, tmp_path):
+    for part in parts:
+        write_folder(tmp_path / part, ["red", "green"])
+    line = error_line(load_data, str(tmp_path))
+    assert f"{tmp_path} has the subfolders {', '.join(sorted(parts))}; accepted are" in line and "FOLDER/test" in line
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_folder(tmp_path, ["red", "green"])
+    (tmp_path / "red").rename(tmp_path / "train")
+    assert load_data(str(tmp_path)).class_names == ("green", "train")

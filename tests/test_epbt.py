@@ -15,7 +15,7 @@ from PIL import Image
 
 from data import Augmentation, load_data, normalize
 from epbt import Config, checked_space, evolve, formula, main
-from evolution import SEARCH_SPACE, Variable, fittest, novelty_elites, pulse
+from evolution import MOMENTUM, SEARCH_SPACE, Variable, fittest, novelty_elites, pulse
 from models import make_model
 from options import ConfigError
 from records import read_log
@@ -211,7 +211,7 @@ def test_output_that_is_no_terminal_gets_every_line_and_no_progress_bar(run_epbt
     for g, (line, text) in enumerate(zip(read_log(folder), lines, strict=False)):
         fitness = sorted(m["fitness"] for m in line["population"])
         for part in (f"generation   {g + 1}/3", f"best fitness {fitness[-1]:.4f}",
-                     f"median {(fitness[1] + fitness[2]) / 2:.4f}", f"losses tried {4 + 2 * g:4}", "diverged 0"):
+                     f"median fitness {(fitness[1] + fitness[2]) / 2:.4f}", f"losses tried {4 + 2 * g:4}", "diverged 0"):
             assert part in text
     best = json.loads((folder / "summary.json").read_text())["best"]
     ending = "\n".join(lines[3:])
@@ -286,8 +286,8 @@ def refused(capsys, arguments):
     ("--pulsation-period 0", "--pulsation-period 1 0"),
     ("--behaviour-images 0", "--behaviour-images 1 0"),
     ("--validation 0", "--validation 1 0"),
-    ("--limit 300 --validation 300", "validation 300 299"),
-    ("--limit 5000", "limit 5000"),
+    ("--limit 300 --validation 300", "--validation 300 299"),
+    ("--limit 5000", "--limit 5000 1437"),
     ("--enlarge 0", "--enlarge 1 0"),
     ("--seed -1", "--seed 0 -1"),
     ("--workers 0", "--workers 1 0"),
@@ -352,6 +352,10 @@ def test_help_tells_every_option(capsys):
     text = capsys.readouterr().out
     assert end.value.code == 0
     assert [f.name for f in fields(Config) if not re.search(rf"--{f.name.replace('_', '-')}\s", text)] == []
+    words = " ".join(text.split())
+    assert "{pulsation,one-in-p,always,off}" in words and "(default pulsation)" in words
+    assert ("svhn: --model resnet32 --population 40 --generations 40 --epochs 1 --batch-size 128 --milestones 0.5 0.75 "
+            "--lr-decay 10.0 --validation 30000 --enlarge 1") in words
 
 
 # Configurations.
@@ -360,8 +364,20 @@ def test_help_tells_every_option(capsys):
 def test_a_resolved_config_is_complete_and_resolves_to_itself():
     c = Config(dataset="cifar10").resolved()
     open_ends = {f.name for f in fields(c) if getattr(c, f.name) is None}
-    assert open_ends <= {"replay", "validation", "enlarge", "limit", "data_root"}
+    assert open_ends <= {"replay", "validation", "enlarge", "limit", "data_root", "ray_address"}
     assert c.resolved() == c
+
+
+def test_the_presets_fill_in_what_is_not_given():
+    paper, best = Config(dataset="cifar10").resolved(), Config(dataset="cifar10", preset="best").resolved()
+    assert (paper.elites, paper.distillation, paper.theta_range) == (20, 0.8, 10.0)
+    assert (best.elites, best.distillation, best.theta_range) == (10, 0.0, 1.0)
+    assert best.average_weights and best.add_cross_entropy and best.evolve_cutout
+    assert [v.name for v in best.search_space()] == [v.name for v in SEARCH_SPACE] + ["cutout"]
+    assert {(v.low, v.high) for v in best.search_space()[:8]} == {(-1.0, 1.0)}
+    assert paper.search_space() == SEARCH_SPACE
+    own = Config(dataset="cifar10", preset="best", elites=20, distillation=0.4, theta_range=10.0).resolved()
+    assert (own.elites, own.distillation, own.theta_range) == (20, 0.4, 10.0) and own.average_weights
 
 
 @pytest.mark.parametrize("population, elites, candidates", [(2, 1, 1), (3, 1, 1), (5, 2, 3), (5, 4, 5), (40, 20, 30)])
@@ -379,6 +395,23 @@ def test_a_search_space_of_ones_own_is_evolved(tmp_path):
     for m in read_log(tmp_path)[-1]["population"]:
         assert m["hyperparameters"].keys() == {"weight_decay", "cutout"}
         assert 1e-5 <= m["hyperparameters"]["weight_decay"] <= 1e-2 and 0 <= m["hyperparameters"]["cutout"] <= 4
+
+
+def test_weight_decay_is_evolved_with_one_line_more(run_epbt, monkeypatch):
+    monkeypatch.setattr("evolution.MOMENTUM", (*MOMENTUM, Variable("weight_decay", 1e-5, 1e-2, log=True)))
+    folder = run_epbt("--generations", "4")
+    born = [[m["hyperparameters"]["weight_decay"] for m in line["population"] if m["generation"] == line["generation"]]
+            for line in read_log(folder)]
+    everyone = sum(born, [])
+    assert all(1e-5 <= x <= 1e-2 for x in everyone)
+    assert len(set(born[0])) == 4 and max(born[0]) / min(born[0]) > 2  # spread over its logarithm
+    assert all(set(new) - set(sum(born[:g], [])) for g, new in enumerate(born))  # each generation finds new ones
+    schedule = json.loads((folder / "schedule.json").read_text())
+    assert {epoch["weight_decay"] for epoch in schedule["epochs"]} <= set(everyone)
+    best = json.loads((folder / "summary.json").read_text())["best"]["hyperparameters"]["weight_decay"]
+    assert schedule["epochs"][-1]["weight_decay"] == best
+    assert "weight decay" in (folder / "schedule.svg").read_text()
+    assert f"<td>weight decay</td><td>{best:.4g}</td>" in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("space, message", [

@@ -12,6 +12,7 @@ from PIL import Image
 
 from data import Augmentation
 from epbt import Config
+from evolution import SEARCH_SPACE
 from figures import (
     accounting,
     ancestry,
@@ -258,6 +259,17 @@ def test_labels_say_what_differs_and_only_that(tmp_path):
     runs = [load_run(tmp_path / name) for name in ("other", "plain", "baseline")]
     assert [row.label for row in group(runs)["digits", "resnet8"]] == [
         "Baseline 1", "EPBT", "EPBT (viable init, milestones 0.5)"]
+
+
+def test_runs_that_evolve_other_variables_are_told_apart(tmp_path):
+    for name, extra in (("plain", []), ("more", [["weight_decay", 1e-5, 0.01, True, True]])):
+        folder = write(tmp_path / name, evolved(0.5), population=4)
+        config = json.loads((folder / "config.json").read_text())
+        config["space"] = [list(vars(v).values()) for v in SEARCH_SPACE] + extra
+        (folder / "config.json").write_text(json.dumps(config))
+    rows = group([load_run(tmp_path / name) for name in ("more", "plain")])["digits", "resnet8"]
+    assert [row.label for row in rows] == [
+        "EPBT", "EPBT (evolved theta, lr scale, lr decay, momentum, weight decay 1e-05 to 0.01)"]
 
 
 def test_a_config_of_an_older_version_is_read(tmp_path):

@@ -55,10 +55,21 @@ def test_replay_trains_one_network_under_the_stretched_schedule(finished, tmp_pa
         assert 0.1 * network["hyperparameters"]["lr_scale"] == pytest.approx(epochs[g // 2]["learning_rate"])
 
 
+def test_a_loss_that_had_cross_entropy_added_is_replayed_with_it(finished, tmp_path):
+    found = json.loads((finished / "schedule.json").read_text())
+    assert found["add_cross_entropy"] is False
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps(found | {"add_cross_entropy": True}))
+    assert epbt.Config(replay=str(path)).resolved().add_cross_entropy
+    assert not epbt.Config(replay=str(finished)).resolved().add_cross_entropy
+
+
 EPOCH = '{"learning_rate": 1, "momentum": 0, "weight_decay": 0, "cutout": 0, "theta": [1]}'
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"epochs": [{"learning_rate": 1}]}', '{"epochs": [' + EPOCH + "]}"])
+@pytest.mark.parametrize("content", [
+    "", "{}", "[]", '{"model": "resnet8", "batch_size": 8, "epochs": []}', '{"epochs": [{"learning_rate": 1}]}',
+    '{"model": "resnet8", "batch_size": 8, "epochs": [' + EPOCH + "]}"])
 def test_what_is_not_a_schedule_is_refused_in_one_line(content, tmp_path, capsys):
     path = tmp_path / "schedule.json"
     path.write_text(content)

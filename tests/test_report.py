@@ -1,11 +1,13 @@
 """The one-page report of a run, from logs that are written by hand."""
 
+import json
 import re
 from html.parser import HTMLParser
 
+import pytest
 from test_figures import alone, evolved, member, write
 
-from report import report
+from report import duration, report
 
 
 class Page(HTMLParser):
@@ -55,3 +57,18 @@ def test_names_are_escaped_and_the_diverged_are_hollow(tmp_path):
     text = report(write(tmp_path / "r", log, method="random", dataset="a<b>", population=2)).read_text()
     assert "a&lt;b&gt;" in text and "a<b>" not in text
     assert text.count("fill='var(--paper)'") == 1
+
+
+def test_settings_are_told_with_the_ranges_of_the_evolved_variables(tmp_path):
+    folder = write(tmp_path / "e", evolved(0.5, 0.7), population=4)
+    config = json.loads((folder / "config.json").read_text())
+    config["space"] = [["theta0", -10.0, 10.0, False, False], ["weight_decay", 1e-5, 0.01, True, True]]
+    (folder / "config.json").write_text(json.dumps(config))
+    text = report(folder).read_text()
+    assert "<td>space</td><td>theta0 -10 to 10, weight_decay 1e-05 to 0.01</td>" in text
+    assert "<td>batch size</td><td>128</td>" in text
+
+
+@pytest.mark.parametrize("seconds, words", [(99, "99 seconds"), (100, "2 minutes"), (7200, "2.0 hours")])
+def test_a_duration_is_told_in_the_unit_that_fits(seconds, words):
+    assert duration(seconds) == words

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import taylorglo_ext
 from models import make_model
-from taylorglo_ext import BackendError, TaylorGLOLoss, build, load, taylorglo_loss
+from taylorglo_ext import BackendError, TaylorGLOLoss, build, load, losses, taylorglo_loss
 from taylorglo_ext.reference import reference_loss
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,21 @@ def test_the_module_replaces_cross_entropy():
     assert list(criterion.state_dict()) == ["theta"] and not list(criterion.parameters())
     with pytest.raises(ValueError, match="theta"):
         TaylorGLOLoss([1, 2, 3])
+
+
+def test_a_schedule_has_a_loss_for_each_epoch():
+    logits, labels, theta, teacher_logits = problem(8, 10)
+    schedule = {"epochs": [{"theta": theta.tolist()}, {"theta": None}]}
+    first, second = losses(schedule)
+    assert first(logits, labels) == taylorglo_loss(logits, labels, theta)
+    assert second(logits, labels) == F.cross_entropy(logits, labels)
+    first, second = losses(schedule | {"add_cross_entropy": True})
+    both = taylorglo_loss(logits, labels, theta) + F.cross_entropy(logits, labels)
+    torch.testing.assert_close(first(logits, labels), both)
+    assert second(logits, labels) == F.cross_entropy(logits, labels)
+    x = 0.3 * teacher_logits.softmax(1) + 0.7 * F.one_hot(labels, 10)  # Eq. 3
+    both = taylorglo_loss(logits, labels, theta, teacher_logits, 0.3) - (x * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(first(logits, labels, teacher_logits, 0.3), both)
 
 
 def test_one_training_step_of_a_network_agrees_with_the_reference():

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ from epbt import PROTOCOLS, Config
 from models import make_model
 from records import Individual, load_individual
 from taylorglo_ext.reference import reference_loss
-from training import Job, Network, Task, Trainer, learning_rate, load_state, scaled_theta
+from training import Job, Network, Task, Trainer, learning_rate, load_state, prepare, scaled_theta
+from workers import finished
 
 CROSS_ENTROPY = {}  # nothing is evolved
 TAYLORGLO = {f"theta{i}": 10.0 if i == 5 else 0.0 for i in range(8)}  # f = 10 x y: the loss is minus the likelihood
@@ -311,6 +312,37 @@ def test_a_normalized_loss_starts_as_steeply_as_cross_entropy_in_its_own_directi
     torch.testing.assert_close(own, sign * expected)
 
 
+# Averaged weights.
+
+
+def test_the_running_mean_of_the_weights_is_what_is_scored_inherited_and_taught(tmp_path):
+    trainer, mean = Trainer(job(average_weights=True)), None  # two epochs of two steps
+    steps = []
+    whole = trainer.network.sgd_step
+    trainer.network.sgd_step = lambda *rates: (whole(*rates), steps.append(trainer.network.weights.clone()))
+    for t in (task(tmp_path), task(tmp_path, id=1, parent=0, generation=1)):
+        individual = trainer.evaluate(t)
+        if mean is None:
+            mean = make_flat(trainer, t)
+        for weights in steps:
+            mean = (3 * mean + weights) / 4
+        steps.clear()
+        torch.testing.assert_close(trainer.average.weights, mean)
+        model = load_state(trainer.job, load_individual(t.path)[1])
+        d = trainer.data
+        images = (d.validation.images - d.mean[:, None, None]) / d.std[:, None, None]
+        assert (model(images).argmax(1) == d.validation.labels).tolist() == individual.correct.tolist()
+    trainer.evaluate(task(tmp_path, id=2, teacher=1, alpha=0.5))
+    torch.testing.assert_close(trainer.teacher.weights, mean)
+
+
+def make_flat(trainer, task):
+    """The weights that a fresh individual starts from."""
+    other = Trainer(trainer.job)
+    other._load(task)
+    return other.network.weights.clone()
+
+
 # Distillation.
 
 
@@ -404,7 +436,7 @@ def test_whoever_is_not_finite_has_diverged_and_is_right_nowhere(where, tmp_path
     individual = trainer.evaluate(task(tmp_path))
     assert individual.fitness > 0.3 and not individual.diverged
     individual.loss = diverge(trainer, where)
-    trainer._score(individual)
+    list(trainer._score(individual))
     assert individual.diverged == (where != "nowhere")
     assert individual.fitness == individual.correct.mean() == (0 if individual.diverged else individual.fitness)
 
@@ -446,3 +478,61 @@ def test_seed_generation_and_id_each_change_the_training(tmp_path):
                                    (first, dict(id=1, generation=0)),  # the learning rate is the same
                                    (Trainer(job("Whimsical", seed=2)), dict(id=1, generation=1)))]
     assert len(set(states)) == 4
+
+
+# On a GPU.
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def on_gpu():
+    """A job for the GPU that gives the same bits each time."""
+    def make(**settings):
+        return prepare(replace(job(**settings), device="cuda:0", deterministic=True))
+    yield make
+    torch.use_deterministic_algorithms(False)
+
+
+def kinds_of_tasks(folder):
+    """Tasks whose steps differ in their operations, and two of the same kind: with and without teacher and cutout."""
+    return [task(folder, id=0, h=TAYLORGLO), task(folder, id=1, h={**TAYLORGLO, "cutout": 0.0}), task(folder, id=2),
+            task(folder, id=3, h={**TAYLORGLO, "cutout": 4.0}, generation=1, parent=0, teacher=1, alpha=0.4),
+            task(folder, id=4, h={**TAYLORGLO, "momentum": 0.5}, generation=1, parent=1, teacher=0, alpha=0.8)]
+
+
+@pytest.mark.cuda
+@needs_gpu
+@pytest.mark.parametrize("model", ["Whimsical", "resnet8"])
+def test_a_captured_graph_computes_what_the_eager_step_computes(model, on_gpu, tmp_path):
+    captured = Trainer(on_gpu(model=model))
+    eager = Trainer(replace(captured.job, no_graphs=True))
+    for t in kinds_of_tasks(tmp_path):
+        expected = outcome(eager, t)
+        assert outcome(captured, t) == expected
+        assert outcome(captured, t) == expected  # replayed
+    assert len(captured.graphs) > 4 and not eager.graphs
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_slots_that_take_turns_on_a_gpu_compute_what_one_computes(on_gpu, tmp_path):
+    one = Trainer(on_gpu(model="Whimsical"))
+    expected = [outcome(one, t) for t in kinds_of_tasks(tmp_path)]
+    slots = [Trainer(one.job) for _ in range(2)]
+    for pair in ((0, 1), (2, 3), (4,)):
+        busy = {slots[i]: slots[i].evaluating(kinds_of_tasks(tmp_path)[k]) for i, k in enumerate(pair)}
+        while busy:
+            finished(busy)
+    for t, (_, _, state) in zip(kinds_of_tasks(tmp_path), expected, strict=True):
+        assert load_individual(t.path)[1].tobytes() == state
+
+
+@pytest.mark.cuda
+@needs_gpu
+def test_a_gpu_trains_as_the_cpu_does(on_gpu, tmp_path):
+    gpu, cpu = Trainer(on_gpu(epochs=1)), Trainer(job(epochs=1))
+    for t in kinds_of_tasks(tmp_path)[:3]:
+        here, there = (torch.from_numpy(np.frombuffer(outcome(trainer, t)[2], np.uint8).copy()) for trainer in (cpu, gpu))
+        n = 4 * sum(p.numel() for p in cpu.network.model.parameters())
+        torch.testing.assert_close(there[:n].view(torch.float32), here[:n].view(torch.float32), rtol=1e-2, atol=1e-3)

@@ -1,5 +1,7 @@
 """Pools of workers, and what becomes of a run when one of them dies. The long form is tests/soak.py."""
 
+import contextlib
+import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +21,7 @@ from data import make_data
 from epbt import Config
 from records import Individual, RunError, load_individual
 from tests.soak import ROOT, TINY, Run, complete, kill, parents, result, undisturbed, wait_for, workers_of
-from training import Job, Task
+from training import Job, Task, Trainer
 from workers import Processes, ThisProcess
 
 THETA = {f"theta{i}": 10.0 * (i == 5) for i in range(8)}
@@ -108,6 +110,59 @@ def test_any_number_of_workers_writes_the_same_bytes(count, job, expected, tmp_p
         assert individual.record() == written.record() and (individual.correct == written.correct).all()
 
 
+class Noisy(torch.nn.Sequential):
+    """Draws from PyTorch's global generator in every step."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, 16), torch.nn.Dropout(0.5),
+                         torch.nn.Linear(16, num_classes))
+
+
+def test_slots_that_take_turns_in_one_thread_write_the_same_bytes(job, tmp_path):
+    """As on a GPU, where each also has a stream and graphs."""
+    noisy = replace(job, model="tests.test_workers:Noisy", epochs=3)
+    list(ThisProcess(noisy).run(tasks(tmp_path / "alone")))
+    ours, theirs = multiprocessing.Pipe()
+    slots = [Trainer(noisy) for _ in range(3)]
+
+    def serve():
+        with contextlib.suppress(EOFError):
+            workers._take_turns(slots, theirs)
+    thread = threading.Thread(target=serve)
+    thread.start()
+    before = torch.get_rng_state()
+    some = tasks(tmp_path / "turns")
+    for task in some:
+        ours.send(task)
+    assert sorted(ours.recv().id for _ in some) == [0, 1, 2, 3]
+    ours.close()
+    thread.join()
+    assert files(tmp_path / "turns") == files(tmp_path / "alone")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_as_many_slots_are_kept_as_raise_the_throughput(job, monkeypatch):
+    images = iter([100.0, 180.0, 200.0, 205.0])
+    monkeypatch.setattr(workers, "throughput", lambda trainers: next(images))
+    assert len(workers.worthwhile_trainers(job)) == 3
+
+    def too_large(trainers):
+        if len(trainers) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 100.0
+    monkeypatch.setattr(workers, "throughput", too_large)
+    assert len(workers.worthwhile_trainers(job)) == 1
+
+
+def test_throughput_is_measured_without_a_trace(job, expected, tmp_path):
+    slots = [Trainer(job) for _ in range(2)]
+    assert workers.throughput(slots) > 0
+    (tmp_path / "run").mkdir()
+    for task in tasks(tmp_path / "run"):
+        slots[task.individual.id % 2].evaluate(task)
+    assert files(tmp_path / "run") == expected
+
+
 # Workers that die
 
 
@@ -162,7 +217,7 @@ def test_out_of_memory_lowers_the_number_of_workers(pool, expected, tmp_path, ca
     list(pool.run(with_trap(tasks(tmp_path / "run"), 0, *trap, memory=tmp_path / "memory")))
     assert files(tmp_path / "run") == expected
     assert len(pool.workers) == 1
-    assert capfd.readouterr().err == "out of GPU memory: going on with 1 of the workers\n"
+    assert capfd.readouterr().err == "out of memory on cpu: going on with no of its slots\n"
 
 
 def test_out_of_memory_with_the_last_worker_ends_in_one_error(pool, tmp_path):
@@ -171,10 +226,9 @@ def test_out_of_memory_with_the_last_worker_ends_in_one_error(pool, tmp_path):
     assert pool.workers == []
 
 
-def test_every_gpu_gets_its_share(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert workers._devices("cuda", 5) == ["cuda:0", "cuda:1", "cuda:0", "cuda:1", "cuda:0"]
-    assert workers._devices("cpu", 2) == ["cpu", "cpu"]
+def test_every_gpu_gets_its_share_of_the_slots():
+    assert workers._shares(5, 2) == [3, 2] and workers._shares(1, 2) == [1]
+    assert workers._shares(None, 2) == [None, None]  # each finds its own number
 
 
 def test_too_little_shared_memory_is_told_before_a_process_dies_of_it(job, monkeypatch):
@@ -224,3 +278,19 @@ def test_a_run_that_is_killed_leaves_no_worker_behind(alone, tmp_path):
     assert run.end() == -signal.SIGKILL
     wait_for(lambda: not parents().keys() & family)
     complete(TINY, tmp_path / "run", alone)
+
+
+def test_memory_is_flat_over_200_generations_in_parent_and_workers(tmp_path):
+    run = Run([*TINY, "--generations", "200", "--workers", "2"], tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+
+    def memory_after(generations):
+        """Bytes of private memory of the run and of each worker: what they share is not theirs to leak."""
+        wait_for(lambda: log.exists() and log.read_text().count("\n") >= generations, 120)
+        return [sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup") if line.startswith("Private_"))
+                << 10 for pid in (run.pid, *workers_of(run.pid))]
+
+    early, late = memory_after(40), memory_after(190)
+    assert run.end() == 0, run.said()
+    assert len(early) == len(late) == 3
+    assert all(after - before < 4 << 20 for before, after in zip(early, late, strict=True)), (early, late)

@@ -1,0 +1,124 @@
+"""Evaluations on a Ray cluster: `--backend ray`, with the packages of requirements-ray.txt.
+
+Ray schedules the evaluations, and runs those of a lost node or a killed process again on another. The images go to each
+node once, through its object store. A run's folder stays on the machine that started the run: weights travel as the bytes
+of their files, so nodes share no file system.
+"""
+
+import socket
+import tempfile
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+
+import ray
+import torch
+
+from data import ImageSet
+from records import RunError, write_atomic
+from taylorglo_ext import BackendError
+from training import Trainer, prepare
+from workers import ATTEMPTS, keep_freed_memory
+
+
+class RayPool:
+    """A pool for `workers.Workers` whose workers are Ray's."""
+
+    def __init__(self, job, count, address):
+        """count: at most so many evaluations at once, sharing the GPUs if there are any; None: one a core or a GPU.
+        address: of a running cluster; None starts one on this machine."""
+        if address is not None:
+            refuse_silent(address)
+        own = dict(include_dashboard=False, num_cpus=count and count * job.threads) if address is None else {}
+        try:
+            ray.init(address=address, log_to_driver=False,
+                     runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}, **own)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "
+                           f"{' '.join(str(error).split())}") from error
+        resources = dict(num_cpus=job.threads)
+        if job.device != "cpu":
+            gpus = ray.cluster_resources().get("GPU", 0)
+            if gpus == 0:
+                raise RunError("the Ray cluster has no GPU; use --device cpu")
+            resources |= dict(num_gpus=min(1, gpus / (count or gpus)))
+            job = replace(job, device="cuda")
+        self.evaluate = ray.remote(max_retries=ATTEMPTS - 1, **resources)(evaluate)
+        self.job, self.count = ray.put(pack(job)), count
+
+    def run(self, tasks):
+        """Yields each task's individual as it is done, in no particular order."""
+        files = {}  # each parent and teacher is put into the object store once
+        for path in {p for task in tasks for p in (task.parent, task.teacher) if p is not None}:
+            files[path] = ray.put(path.read_bytes())
+        waiting, running = deque(tasks), {}
+        while waiting or running:
+            while waiting and (self.count is None or len(running) < self.count):
+                task = waiting.popleft()
+                result = self.evaluate.remote([self.job], task, files.get(task.parent), files.get(task.teacher))
+                running[result] = task
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            task = running.pop(done)
+            individual, file = self._result(done, task)
+            write_atomic(task.path, file)
+            yield individual
+
+    @staticmethod
+    def _result(reference, task):
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RunError | BackendError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:
+            raise RunError(f"individual {task.individual.id} could not be evaluated in {ATTEMPTS} attempts on the Ray "
+                           f"cluster: {str(error).splitlines()[0]}") from error
+
+    def close(self):
+        ray.shutdown()
+
+
+def refuse_silent(address):
+    """Raise RunError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise RunError(f"cannot use the Ray cluster {address}: {error.strerror or error}") from error
+
+
+trainers = {}  # of this worker process, by job: Ray keeps the process for the next evaluations
+
+
+def evaluate(job, task, parent, teacher):
+    """In a worker process of Ray: (the evaluated individual, the bytes of its file).
+
+    job: its reference in a list, so that Ray does not fetch it each time; parent, teacher: bytes or None."""
+    if job[0] not in trainers:
+        trainers.clear()
+        keep_freed_memory()
+        trainers[job[0]] = Trainer(prepare(unpack(ray.get(job[0]))))
+    with tempfile.TemporaryDirectory() as folder:
+        here = {name: Path(folder) / f"{name}.ckpt" for name in ("individual", "parent", "teacher")}
+        for name, content in (("parent", parent), ("teacher", teacher)):
+            if content is not None:
+                here[name].write_bytes(content)
+        task = replace(task, path=here["individual"], parent=parent and here["parent"],
+                       teacher=teacher and here["teacher"])
+        return trainers[job[0]].evaluate(task), here["individual"].read_bytes()
+
+
+def pack(job):
+    """(the job without its images, the images as NumPy arrays): these are not copied out of Ray's object store."""
+    sets = {name: getattr(job.data, name) for name in ("train", "validation", "test")}
+    arrays = {name: (s.images.permute(0, 2, 3, 1).contiguous().numpy(), s.labels.numpy()) for name, s in sets.items()}
+    return replace(job, data=replace(job.data, **dict.fromkeys(sets))), arrays
+
+
+def unpack(packed):
+    job, arrays = packed
+    sets = {name: ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+            for name, (images, labels) in arrays.items()}
+    return replace(job, data=replace(job.data, **sets))
