@@ -1,0 +1,67 @@
+"""The examples, run as a reader runs them, in an empty folder."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import resnet18
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(folder, *command):
+    """What a command prints that is carried out in a folder."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def accuracies(text):
+    return [float(x) for x in re.findall(r"test accuracy .*?(\d\.\d+)", text)]
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_model_and_data_of_ones_own_and_a_loop_of_ones_own_under_the_schedule(tmp_path):
+    # The second example carries out the first where that has not been done.
+    printed = run(tmp_path, sys.executable, "-m", "examples.replay_schedule")
+    summary, schedule = (read(tmp_path / "runs" / "own-model" / name) for name in ("summary.json", "schedule.json"))
+    *_, by_hand, loaded, replayed = accuracies(printed)
+    assert by_hand == pytest.approx(summary["test_accuracy"], abs=1e-4)
+    assert loaded == pytest.approx(summary["test_accuracy"], abs=0.006)  # its images are not rounded to bytes
+    assert replayed > 0.5
+    assert "weight_decay" in summary["best"]["hyperparameters"] and len(schedule["epochs"]) <= 8
+
+
+def test_the_script_of_the_readme_outside_the_repository_and_a_replay_of_it(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.py").write_text(next(block for block in blocks if "evolve(" in block))
+    run(tmp_path, sys.executable, "mine.py")
+    assert (tmp_path / "runs" / "mine" / "report.html").stat().st_size > 10_000
+    run(tmp_path, sys.executable, ROOT / "epbt.py", "--replay", "runs/mine", "--generations", "1", "--limit", "200",
+        "--validation", "50", "--out", "runs/replay")
+    for name, method in (("mine", "epbt"), ("replay", "replay")):
+        summary = read(tmp_path / "runs" / name / "summary.json")
+        assert (summary["method"], summary["model"]) == (method, "mine:make_model")
+
+
+def test_a_folder_of_images_and_a_model_of_torchvision(tmp_path):
+    printed = run(tmp_path, ROOT / "examples" / "image_folder.sh")
+    assert len(list((tmp_path / "data" / "digit-pictures").glob("digit ?/*.png"))) == 500
+    for name in ("pictures", "pictures-replay"):
+        model = resnet18(num_classes=10)
+        model.load_state_dict(torch.load(tmp_path / "runs" / name / "best.pt", weights_only=True))
+        assert read(tmp_path / "runs" / name / "summary.json")["class_names"] == [f"digit {i}" for i in range(10)]
+    assert accuracies(printed)[-1] > 0.3
+    tables = (tmp_path / "runs" / "pictures" / "compared" / "tables.md").read_text()
+    assert "| EPBT" in tables and "| Replayed schedule" in tables
+    shutil.rmtree(tmp_path / "runs")  # 700 MB: pytest keeps its folders
