@@ -1,0 +1,311 @@
+"""Times how fast a population trains, against the same training without this project.
+
+``python -m benchmarks.throughput`` prints a table, and writes ``benchmarks/results/throughput-cpu.csv`` and ``.png`` (with
+a GPU, ``throughput-cuda``). Contenders take turns, a generation each, so that whatever else the machine does falls on all
+of them alike. A generation trains and scores `CHILDREN` networks; images/s counts the training images.
+
+On a CPU, Fashion-MNIST (a subset) and ResNet-8, each network distilled from a teacher under the TaylorGLO loss:
+
+- bare processes: one process a core with one thread, plain PyTorch and torch.optim.SGD; no evolution, nothing saved
+- one process: the same, one network after the other, with all threads
+- epbt: a generation of `epbt()` with a worker a core, its selection, records and checkpoint included; and with one worker
+- epbt, bfloat16: the same with --precision bfloat16
+
+then how the time of a generation grows with the number of networks, of workers, and with the model. With ``--tune``, a
+whole run of Population-Based Training on the digits instead, against Ray Tune's (requirements-ray.txt).
+
+On a GPU, ResNet-32 at batch 128 on random data of CIFAR-10's shape, training only: one eager slot; W slots eager; W slots
+with CUDA graphs; W networks stacked into one by torch.func; and the limit, one eager network at the batch size that
+saturates the device.
+"""
+
+import argparse
+import copy
+import csv
+import itertools
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.kernel import RESULTS, device_name
+from data import DATASETS, ImageSet, draw_augmentation, load_data, make_batch, make_data, normalize
+from epbt import METHODS, Config, make_job
+from models import make_model
+from records import RunFolder
+from taylorglo_ext import load, taylorglo_loss
+from training import EVALUATION_BATCH, Trainer, prepare
+from workers import Workers, make_pool, throughput
+
+CHILDREN = 4
+CORES = len(os.sched_getaffinity(0))
+FIELDS = ("device", "torch", "cores", "contender", "model", "networks", "workers", "p10_s", "median_s", "p90_s", "samples",
+          "images_per_s")
+SETTINGS = dict(dataset="fashion", model="resnet8", limit=4000, validation=500, epochs=1, generations=1000)
+TUNE = "--dataset digits --model resnet8 --population 8 --generations 10 --epochs 3 --seed 1".split()
+
+
+# On a CPU: contenders, each a context manager that gives a function of one generation.
+
+
+def bare_generation(job, networks):
+    """Train and score so many networks in plain PyTorch."""
+    data, theta, alpha = job.data, torch.tensor([0.0, 0.5, 0, 0, 0, 20, -40, 0]), torch.tensor(0.4)
+    rng = np.random.default_rng(0)
+    for _ in range(networks):
+        model, teacher = (make_model(job.model, data.num_classes, data.channels, seed).to(
+            memory_format=torch.channels_last) for seed in (0, 1))
+        teacher.eval()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(job.epochs):
+            order = torch.from_numpy(rng.permutation(len(data.train)))
+            draws = torch.from_numpy(draw_augmentation(data.augmentation, len(order), data.height, data.width, rng))
+            for index, draw in zip(order.split(job.batch_size)[:-1], draws.split(job.batch_size)[:-1], strict=True):
+                images = make_batch(data.train.images, index, draw, data.augmentation, data.mean, data.std)
+                with torch.no_grad():
+                    lesson = teacher(images)
+                optimizer.zero_grad()
+                taylorglo_loss(model(images), data.train.labels[index], theta, lesson, alpha).backward()
+                optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            for image_set in (data.validation, data.test):
+                for images, labels in zip(image_set.images.split(EVALUATION_BATCH),
+                                          image_set.labels.split(EVALUATION_BATCH), strict=True):
+                    (model(normalize(images, data.mean, data.std)).argmax(1) == labels).sum().item()
+
+
+def bare_worker(job, networks, pipe):
+    torch.set_num_threads(job.threads)
+    load("fused", "cpu")
+    while pipe.recv():
+        bare_generation(job, networks)
+        pipe.send(True)
+
+
+@contextmanager
+def bare(config, data, processes):
+    """Each of the processes does its share of the networks, with the cores shared out among them as threads."""
+    job = replace(make_job(config, data), threads=max(1, CORES // processes))
+    context = multiprocessing.get_context("spawn")
+    pipes, started = [], []
+    for i in range(processes):
+        ours, theirs = context.Pipe()
+        share = CHILDREN // processes + (i < CHILDREN % processes)
+        started.append(context.Process(target=bare_worker, args=(job, share, theirs), daemon=True))
+        started[-1].start()
+        pipes.append(ours)
+
+    def generation():
+        for pipe in pipes:
+            pipe.send(True)
+        for pipe in pipes:
+            pipe.recv()
+
+    yield generation
+    for process in started:
+        process.kill()
+
+
+@contextmanager
+def ours(config, data, workers, networks=CHILDREN):
+    """A generation of Algorithm 1 after its first ones: `networks` children of a population of twice as many."""
+    config = replace(config, population=2 * networks, elites=networks, novelty_candidates=networks * 3 // 2,
+                     workers=workers)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(folder, config.identity())
+        progress = SimpleNamespace(update=lambda n: None)
+        with Workers(make_pool(make_job(config, data), workers), run, progress) as pool:
+            generations = METHODS["epbt"](config, config.search_space(), data.num_classes, pool, run)
+            for _ in range(2):  # the initial population, and the first one that has a teacher
+                next(generations)
+            yield lambda: next(generations)
+
+
+def take_turns(contenders, rounds):
+    """Seconds of each contender's generations {name: [seconds]}. contenders: {name: context manager}."""
+    times = {name: [] for name in contenders}
+    with ExitStack() as stack:
+        generations = {name: stack.enter_context(contender) for name, contender in contenders.items()}
+        for generation in generations.values():
+            generation()
+        for _, (name, generation) in itertools.product(range(rounds), generations.items()):
+            start = time.perf_counter()
+            generation()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def on_cpu(rounds):
+    """Yields the records of every CPU contender."""
+    config = Config(**SETTINGS, device="cpu", threads=1).resolved()
+    data = load_data(config.dataset, validation=config.validation, limit=config.limit)
+    data = replace(data, test=ImageSet(data.test.images[:1000], data.test.labels[:1000]))
+    rough, n = replace(config, precision="bfloat16"), CORES
+    contenders = {
+        "bare processes": (bare(config, data, n), config.model, CHILDREN, n),
+        "one process": (bare(config, data, 1), config.model, CHILDREN, 1),
+        "epbt": (ours(config, data, n), config.model, CHILDREN, n),
+        "epbt, one worker": (ours(config, data, 1), config.model, CHILDREN, 1),
+        "epbt, bfloat16": (ours(rough, data, n), config.model, CHILDREN, n),
+    }
+    yield from records_of(contenders, data, rounds)
+    for networks in (2, 4, 16):
+        yield from records_of({f"P = {2 * networks}": (ours(config, data, n, networks), config.model, networks, n)},
+                              data, max(2, rounds // 2))
+    for model in ("resnet20", "wrn-10-1"):
+        yield from records_of({model: (ours(replace(config, model=model), data, n), model, CHILDREN, n)}, data,
+                              max(2, rounds // 2))
+
+
+def records_of(contenders, data, rounds):
+    times = take_turns({name: contender for name, (contender, *_) in contenders.items()}, rounds)
+    for name, (_, model, networks, workers) in contenders.items():
+        images = networks * (len(data.train) // 128 * 128)
+        yield record(name, times[name], images, model=model, networks=networks, workers=workers)
+
+
+def record(contender, times, images, **facts):
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    median = statistics.median(times)
+    return dict(contender=contender, **facts, p10_s=round(deciles[0], 4), median_s=round(median, 4),
+                p90_s=round(deciles[-1], 4), samples=len(times), images_per_s=round(images / median, 1))
+
+
+def against_tune(repetitions):
+    """Whole runs of PBT on the digits, started as a user does, in turn."""
+    times = {"epbt.py --method pbt": [], "Ray Tune": []}
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {"epbt.py --method pbt": [sys.executable, "epbt.py", "--method", "pbt", "--out", f"{folder}/run",
+                                             "--overwrite", *TUNE],
+                    "Ray Tune": [sys.executable, "-m", "benchmarks.tune", *TUNE]}
+        for _, (name, command) in itertools.product(range(repetitions), commands.items()):
+            start = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            times[name].append(time.perf_counter() - start)
+    for name, values in times.items():
+        yield record(name, values, 8 * 10 * 3 * 1152, model="resnet8", networks=80, workers=CORES)
+
+
+# On a GPU.
+
+
+def on_gpu(rounds):
+    """Yields the records of every GPU contender."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (51_250, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, 51_250)
+    data = load_augmented(images)
+    config = Config(dataset="cifar10", device="cuda").resolved()
+    job = prepare(replace(make_job(config, data), device="cuda:0"))
+    for precision in ("float32", "bfloat16"):
+        exact = replace(job, precision=precision)
+        label = "" if precision == "float32" else ", bfloat16"
+        for slots, graphs in ((1, False), (4, False), (1, True), (2, True), (4, True), (8, True), (16, True)):
+            trainers = [Trainer(replace(exact, no_graphs=not graphs)) for _ in range(slots)]
+            rates = [throughput(trainers) for _ in range(rounds)]
+            name = ("slots with graphs" if graphs else "eager slots") + label
+            yield record(name, [1 / r for r in rates], 1, model=job.model, networks=slots, workers=slots)
+            del trainers
+            torch.cuda.empty_cache()
+        for networks in (4, 8, 16) if precision == "float32" else ():  # torch.func has no mixed BatchNorm
+            times = stacked(exact, networks, rounds)
+            yield record("stacked", times, networks * 128, model=job.model, networks=networks, workers=1)
+        for batch in (512, 2048, 8192):
+            rates = [throughput([Trainer(replace(exact, no_graphs=True, batch_size=batch))]) for _ in range(rounds)]
+            yield record(f"limit: batch {batch}{label}", [1 / r for r in rates], 1, model=job.model, networks=1, workers=1)
+
+
+def load_augmented(images):
+    """Random images as CIFAR-10's, with its augmentation."""
+    return make_data(images, tuple(part[:10_000] for part in images), validation=1250,
+                     augmentation=DATASETS["cifar10"].augmentation)
+
+
+def stacked(job, networks, rounds, batch=128):
+    """Seconds of a training step of so many networks as one, by torch.func: each on a batch of its own."""
+    device = torch.device(job.device)
+    models = [make_model(job.model, job.data.num_classes, job.data.channels, seed).to(device) for seed in range(networks)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    skeleton = copy.deepcopy(models[0]).to("meta")
+    momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    shape = (networks, batch, job.data.channels, job.data.height, job.data.width)
+    images, labels = torch.randn(shape, device=device), torch.randint(job.data.num_classes, shape[:2], device=device)
+
+    def loss(parameters, buffers, images, labels):
+        return F.cross_entropy(torch.func.functional_call(skeleton, (parameters, buffers), (images,)), labels)
+
+    def step():
+        gradients = torch.func.vmap(torch.func.grad(loss))(parameters, buffers, images, labels)
+        for name, p in parameters.items():
+            momentum[name].mul_(0.9).add_(gradients[name])
+            p.data.add_(momentum[name], alpha=-0.1)
+
+    times = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        for _ in range(10):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / 10)
+    return times[2:]
+
+
+# The table, the file, the picture.
+
+
+def plot(records, path):
+    """Images/s of each contender, a bar each with its 10th and 90th percentile."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.32 * len(records)), layout="constrained")
+    names = [f"{r['contender']} ({r['networks']} × {r['model']})" for r in records][::-1]
+    rates = [r["images_per_s"] for r in records][::-1]
+    low = [rate * (1 - r["median_s"] / r["p90_s"]) for rate, r in zip(rates, records[::-1], strict=True)]
+    high = [rate * (r["median_s"] / r["p10_s"] - 1) for rate, r in zip(rates, records[::-1], strict=True)]
+    axes.barh(names, rates, xerr=[low, high], color="#4878a8", ecolor="#333333", capsize=2)
+    axes.set(xlabel="training images/s", title=f"{records[0]['device']}, PyTorch {records[0]['torch']}")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=80)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tune", action="store_true", help="a whole run against Ray Tune's")
+    parser.add_argument("--rounds", type=int, default=8)
+    options = parser.parse_args()
+    machine = dict(device=device_name(options.device), torch=torch.__version__, cores=CORES)
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print(f"{'contender':24}{'model':>10}{'networks':>10}{'workers':>9}{'median s':>10}{'p10':>9}{'p90':>9}"
+          f"{'images/s':>11}")
+    contenders = against_tune if options.tune else {"cpu": on_cpu, "cuda": on_gpu}[options.device]
+    records = []
+    for row in contenders(options.rounds):
+        records.append(machine | row)
+        print(f"{row['contender']:24}{row['model']:>10}{row['networks']:>10}{row['workers']:>9}{row['median_s']:>10.3f}"
+              f"{row['p10_s']:>9.3f}{row['p90_s']:>9.3f}{row['images_per_s']:>11,.0f}", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / ("tune-cpu.csv" if options.tune else f"throughput-{options.device}.csv")
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+    plot(records, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
