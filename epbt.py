@@ -352,7 +352,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
 
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so that worker
     processes find it. train, test: (images, labels) or map-style Datasets, as data.make_data takes them.
-    space: the evolved variables, for example (*SEARCH_SPACE, Variable("weight_decay", 1e-5, 1e-2, log=True)).
+    space: the evolved variables, for example (*config.resolved().search_space(), Variable("cutout", 0, 16)).
     report: called with each line for people, in place of print. Raises ConfigError, DataError, RunError and
     taylorglo_ext.BackendError, whose messages are clear lines."""
     if make_model is not None:

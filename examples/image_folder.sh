@@ -24,7 +24,7 @@ fi
 
 # Small batches and small steps, as so large a network else learns nothing from so few images.
 python "$root/epbt.py" --dataset "$pictures" --image-size 16 --model torchvision:resnet18 --out "$out" --overwrite \
-    --preset best --population 4 --generations 3 --epochs 2 --batch-size 16 --learning-rate 0.002
+    --preset best --population 3 --generations 3 --epochs 2 --batch-size 16 --learning-rate 0.002
 python "$root/epbt.py" --dataset "$pictures" --image-size 16 --replay "$out" --out "$out-replay" --overwrite \
     --generations 6 --threads 1
 python "$root/figures.py" "$out" "$out-replay" --out "$out/compared"

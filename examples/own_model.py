@@ -9,7 +9,7 @@ from torch import nn
 
 from data import normalize
 from epbt import Config, evolve
-from evolution import SEARCH_SPACE, Variable
+from evolution import Variable
 
 RUN = "runs/own-model"
 
@@ -35,9 +35,9 @@ def digits():
 
 def main():
     train, test = digits()
-    # The loss, the learning rate and the momentum are evolved anyway; one more variable is one more line.
-    space = (*SEARCH_SPACE, Variable("weight_decay", 1e-5, 1e-2, log=True))
     config = Config(preset="best", population=8, generations=8, epochs=1, out=RUN, overwrite=True)
+    # The loss, the learning rate and the momentum are evolved anyway; one more variable is one more line.
+    space = (*config.resolved().search_space(), Variable("weight_decay", 1e-5, 1e-2, log=True))
     outcome = evolve(config, SmallNet, train, test, space)
 
     images = outcome.data.test.images  # uint8; outcome.model takes them normalised

@@ -2,7 +2,8 @@
 
     python -m examples.replay_schedule        after, or instead of, python -m examples.own_model
 
-All that it needs of this repository is the package taylorglo_ext, and of the run three files.
+All that it needs of this repository is the package taylorglo_ext, and of the run three files. The schedule also has the
+side of the cutout in pixels: it is for a loop with augmentation, which this one is without.
 """
 
 import json
