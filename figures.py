@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.special import stdtr
 
+from config import CIFAR10, ELITES, PRESETS, PROTOCOLS, Config
 from evolution import SEARCH_SPACE
 from records import RunError, read_config, read_log
 from replay import ancestry, fittest
@@ -210,8 +211,6 @@ def shared(key, value, runs):
 
 def unusual(config):
     """The settings that are not the default, of those that tell variants of a method apart."""
-    from epbt import CIFAR10, ELITES, PRESETS, PROTOCOLS, Config  # not above: epbt.py has a run's figures drawn at its end
-
     usual = {f.name: f.default for f in fields(Config) if not f.metadata.get("runtime") and f.name not in NO_VARIANT}
     usual |= {key: value for key, value in PROTOCOLS.get(config.dataset, CIFAR10).items() if key in usual}
     preset = getattr(config, "preset", "paper")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from baselines import PBT_SPACE, exploit_and_explore
+from config import Config
 from data import Augmentation, draw_augmentation, load_data, make_batch, normalize
-from epbt import Config
 from evolution import Variable, random_stream
 from models import make_model
 from records import read_log

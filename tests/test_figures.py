@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from config import Config
 from data import Augmentation
-from epbt import Config
 from evolution import SEARCH_SPACE
 from figures import (
     accounting,

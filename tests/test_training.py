@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import training
+from config import PROTOCOLS, Config
 from data import Augmentation, make_data
-from epbt import PROTOCOLS, Config
 from models import make_model
 from records import Individual, load_individual
 from taylorglo_ext.reference import reference_loss

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import workers
+from config import Config
 from data import make_data
-from epbt import Config
 from records import Individual, RunError, load_individual
 from tests.soak import ROOT, TINY, Run, complete, kill, parents, result, undisturbed, wait_for, workers_of
 from training import Job, Task, Trainer

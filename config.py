@@ -1,0 +1,248 @@
+"""`Config`: all that determines a run, as a dataclass and as the options of the command line.
+
+What is not given is filled in by the protocol of the data set and by the preset. Each option says the paper's section, or
+that the paper leaves it open.
+"""
+
+import importlib.util
+import os
+import textwrap
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+import options
+from baselines import PBT_SPACE
+from data import DATASETS
+from evolution import search_space
+from models import model_error
+from options import ConfigError, option
+from records import read_config, refuse_differences
+from replay import read_schedule
+
+# The paper's protocols (Sec. 4.1 and 4.2), and smaller ones for the data sets that fit a CPU. Any other data, a
+# folder of images, is given CIFAR-10's.
+CIFAR10 = dict(model="resnet32", population=40, generations=25, epochs=8, batch_size=128, milestones=(0.3, 0.6, 0.8),
+               lr_decay=5.0)
+PROTOCOLS = {
+    "cifar10": CIFAR10,
+    "svhn": {**CIFAR10, "generations": 40, "epochs": 1, "milestones": (0.5, 0.75), "lr_decay": 10.0},
+    "fashion": {**CIFAR10, "model": "resnet8", "population": 8, "generations": 12, "epochs": 1},
+    "digits": {**CIFAR10, "model": "resnet8", "population": 12, "generations": 15, "epochs": 3},
+}
+
+
+BY_DATA = "by data set: see the end"
+
+# The paper's method, and what `--preset best` makes of it: the README has the measurements.
+PRESETS = {
+    "paper": dict(distillation=0.8, theta_range=10.0),
+    "best": dict(distillation=0.0, theta_range=1.0, add_cross_entropy=True, average_weights=True, evolve_cutout=True),
+}
+ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start from a parent that did not train lately
+
+
+@dataclass
+class Config:
+    """All that determines a run. None: the protocol of the data set decides (PROTOCOLS), or the field named."""
+
+    method: str = option("run", "epbt", "epbt; Baseline 2 (pbt); Baseline 1 (baseline: one network); or independent "
+                         "networks with random learning rates (random), Sec. 4.1",
+                         choices=("epbt", "pbt", "baseline", "random", "replay"))
+    replay: str | None = option("run", None, "train one network under the schedule of a finished run's winner: its "
+                                "folder or schedule.json; stretched to --generations epochs", otherwise="off")
+    dataset: str = option("run", "digits", "digits, fashion, cifar10, svhn, or a folder with a subfolder a class")
+    model: str | None = option("run", None, "resnet8/20/32/56, wrn-10-12/16-8/22-6/28-5, torchvision:NAME, or "
+                               "package.module:factory, Sec. 4.1", otherwise=BY_DATA)
+    preset: str = option("run", "paper", "paper, or best: EPBT with what earned its place in measurements, PRESETS",
+                         choices=("paper", "best"))
+    seed: int = option("run", 0, "everything random derives from it", low=0, high=2**32 - 1)
+    population: int | None = option("evolution", None, "P, networks in the population, Sec. 3.2", low=1,
+                                    otherwise=BY_DATA)
+    elites: int | None = option("evolution", None, "k, how many go on unchanged to the next generation, Sec. 3.2",
+                                low=1, otherwise="P/2, with --preset best P/4")
+    generations: int | None = option("evolution", None, "n, Alg. 1", low=1, otherwise=BY_DATA)
+    tournament: int = option("evolution", 2, "t, of how many the fittest becomes a parent, Sec. 3.2", low=1)
+    mutation: float = option("evolution", 0.1, "standard deviation of the multiplicative noise; the paper leaves it "
+                             "open", low=0)
+    reset: float = option("evolution", 0.05, "probability that a variable is drawn anew; the paper leaves it open",
+                          low=0, high=1)
+    crossover: float = option("evolution", 0.5, "probability that a variable comes from the mate, Sec. 3.2; 0: off",
+                              low=0, high=1)
+    theta_range: float | None = option("evolution", None, "initial thetas are uniform between minus this and this, Sec. "
+                                       "4.1", above=0, otherwise=10)
+    evolve_cutout: bool = option("evolution", False, "evolve the size of the cutout too; not in the paper")
+    viable_init: bool = option("evolution", False, "draw initial losses again that train backwards; not in the paper")
+    known_losses: int = option("evolution", 0, "how many of the initial losses are an expansion of cross-entropy; not "
+                               "in the paper", low=0)
+    novelty: str = option("novelty", "pulsation", "Novelty Selection: off for p generations and on for p, on in one of "
+                          "p, always, or never, Sec. 2.5, 3.4", choices=("pulsation", "one-in-p", "always", "off"))
+    pulsation_period: int = option("novelty", 5, "p, in generations, Sec. 3.4", low=1)
+    novelty_candidates: int | None = option("novelty", None, "m, of how many of the fittest the k most novel become "
+                                            "elites, Sec. 3.4", low=1, otherwise="3k/2")
+    behaviour_images: int = option("novelty", 400, "N, validation images on which novelty is measured, Sec. 3.4", low=1)
+    loss: str = option("loss", "taylorglo", "taylorglo (evolved, Eq. 2) or cross-entropy (the ablation)",
+                       choices=("taylorglo", "cross-entropy"))
+    distillation: float | None = option("loss", None, "alpha in the last generation, rising from 0, Eq. 3; 0: off; 0.8 "
+                                        "is that of the paper's [23]", low=0, high=1, otherwise=0.8)
+    normalize_loss: bool = option("loss", False, "scale each loss so that its first step is as large as that of "
+                                  "cross-entropy; not in the paper")
+    add_cross_entropy: bool = option("loss", False, "add cross-entropy to Eq. 2, so that it regularizes; not in the "
+                                     "paper")
+    average_weights: bool = option("training", False, "score, teach and keep the running mean of a network's weights "
+                                   "over a generation; not in the paper")
+    loss_backend: str = option("loss", "auto", "C++/CUDA kernel, plain PyTorch, or the first that works",
+                               choices=("auto", "fused", "reference"))
+    epochs: int | None = option("training", None, "per generation, Sec. 4.1", low=1, otherwise=BY_DATA)
+    batch_size: int | None = option("training", None, "images a step, Sec. 4.1", low=1, otherwise=BY_DATA)
+    learning_rate: float = option("training", 0.1, "before scale and decay, Sec. 4.1", above=0)
+    milestones: tuple[float, ...] | None = option("training", None, "fractions of the run at which the learning rate "
+                                                  "decays, Sec. 4.1", low=0, high=1, otherwise=BY_DATA)
+    lr_decay: float | None = option("training", None, "what divides it there, where that is not evolved, Sec. 4.1",
+                                    above=0, otherwise=BY_DATA)
+    momentum: float = option("training", 0.9, "where it is not evolved, Sec. 4.1", low=0, high=1)
+    weight_decay: float = option("training", 0.0, "where it is not evolved; the paper does not say", low=0)
+    validation: int | None = option("data", None, "training images held out for the fitness, Sec. 4", low=1,
+                                    otherwise=BY_DATA)
+    enlarge: int | None = option("data", None, "augmented copies of each of them, Sec. 4.1", low=1, otherwise=BY_DATA)
+    limit: int | None = option("data", None, "use only so many training images", low=2, otherwise="all")
+    image_size: int = option("data", 32, "side in pixels to which the images of a folder are resized", low=8)
+    data_root: str | None = option("data", None, "where the data sets are", runtime=True,
+                                   otherwise="$EPBT_DATA or ./data")
+    download: bool = option("data", False, "fetch the data set if it is missing", runtime=True)
+    device: str = option("machine", "auto", "auto: cuda if there is a GPU", choices=("auto", "cpu", "cuda"))
+    precision: str = option("machine", "float32", "of the activations", choices=("float32", "bfloat16"))
+    workers: int | None = option("machine", None, "individuals trained at once; default one a core, or as many as pay "
+                                 "on the GPUs, which is measured", low=1, runtime=True)
+    backend: str = option("machine", "processes", "where workers run: processes of this machine, or a Ray cluster "
+                          "(requirements-ray.txt)", choices=("processes", "ray"), runtime=True)
+    ray_address: str | None = option("machine", None, "of a running cluster; default a new one on this machine",
+                                     runtime=True)
+    no_graphs: bool = option("machine", False, "on a GPU, launch each operation by itself, without CUDA graphs",
+                             runtime=True)
+    deterministic: bool = option("machine", False, "on a GPU, the same bits in every run; always so on a CPU")
+    threads: int | None = option("machine", None, "CPU threads a worker; default 1, for a single network all cores",
+                                 low=1)
+    plan: bool = option("folder", False, "print what the run would cost, and stop", runtime=True)
+    out: str | None = option("folder", None, "the run's folder", runtime=True, otherwise="runs/METHOD-DATASET-SEED")
+    resume: bool = option("folder", False, "go on with the run in the folder", runtime=True)
+    overwrite: bool = option("folder", False, "start the run in the folder over", runtime=True)
+    tensorboard: bool = option("folder", False, "write the run's curves into the folder for TensorBoard (pip install "
+                               "tensorboard)", runtime=True)
+
+    def resolved(self):
+        """The same with every default filled in. Raises ConfigError, which lists all that is wrong."""
+        if lines := options.mistakes(self):
+            raise ConfigError("\n".join(lines))
+        c, protocol = replace(self), PROTOCOLS.get(self.dataset, CIFAR10)
+        if c.replay is not None:
+            recorded = read_schedule(c.replay)
+            c.method, c.add_cross_entropy = "replay", recorded.get("add_cross_entropy", False)
+            c.average_weights = c.average_weights or recorded.get("average_weights", False)
+            protocol = {**protocol, "model": recorded["model"], "batch_size": recorded["batch_size"], "epochs": 1,
+                        "generations": len(recorded["epochs"])}
+        for name, value in {**protocol, **PRESETS[c.preset]}.items():
+            if getattr(c, name) is None or getattr(c, name) is False:
+                setattr(c, name, value)
+        if c.method in ("baseline", "replay"):
+            c.population = 1
+        cores = len(os.sched_getaffinity(0))
+        c.elites = c.elites or max(1, c.population // ELITES[c.preset])
+        c.novelty_candidates = c.novelty_candidates or min(c.elites * 3 // 2, c.population)
+        c.device = c.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+        c.threads = c.threads or (cores if c.population == 1 else 1)
+        if c.device == "cpu" and c.backend == "processes":
+            c.workers = c.workers or max(1, cores // c.threads)
+        c.out = c.out or os.path.join("runs", f"{c.method}-{os.path.basename(os.path.normpath(c.dataset))}-{c.seed}")
+        if lines := c.contradictions():
+            raise ConfigError("\n".join(lines))
+        return c
+
+    def contradictions(self):
+        """What is wrong with a config whose fields are each as declared, a line each."""
+        lines = []
+        if error := model_error(self.model):
+            lines.append(f"--model: {error}")
+        if self.method == "epbt" and self.elites >= self.population:
+            lines.append(f"--elites must be below --population ({self.population}), not {self.elites}")
+        elif self.method == "epbt" and not self.elites <= self.novelty_candidates <= self.population:
+            lines.append(f"--novelty-candidates must be from --elites ({self.elites}) to --population "
+                         f"({self.population}), not {self.novelty_candidates}")
+        if self.preset != "paper" and self.method != "epbt":
+            lines.append(f"--preset {self.preset} is for --method epbt, not {self.method}")
+        if self.method == "replay" and self.replay is None:
+            lines.append("--method replay needs --replay with a finished run's folder or schedule.json")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            lines.append("--device cuda: PyTorch finds no GPU; use --device cpu")
+        if self.backend == "ray" and importlib.util.find_spec("ray") is None:
+            lines.append("--backend ray needs Ray: pip install -r requirements-ray.txt")
+        if self.ray_address is not None and self.backend != "ray":
+            lines.append("--ray-address needs --backend ray")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            lines.append("--tensorboard needs TensorBoard: pip install tensorboard")
+        if self.resume and self.overwrite:
+            lines.append("--resume and --overwrite exclude each other")
+        return lines
+
+    def identity(self):
+        """What a resumed run must share: all but the fields that cannot change the result."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("runtime")}
+
+    def slots(self):
+        """How many individuals are to be evaluated at once; None: as many as pay."""
+        return 1 if self.population == 1 else self.workers and min(self.workers, self.population)
+
+    def evaluations(self):
+        """How many the whole run makes: P + (n - 1)(P - k) for EPBT (Sec. 5.2), P n where elites train on."""
+        in_a_generation = self.population - (self.elites if self.method == "epbt" else 0)
+        return self.population + (self.generations - 1) * in_a_generation
+
+    def search_space(self):
+        """The variables that the method evolves."""
+        if self.method == "epbt":
+            return search_space(self.theta_range if self.loss == "taylorglo" else None, self.evolve_cutout)
+        return PBT_SPACE if self.method in ("pbt", "random") else ()
+
+    def fixed(self, data):
+        """The hyperparameters of individuals that do not evolve them."""
+        # Sec. 4.1: PBT evolves the learning rate in place of a schedule.
+        return dict(lr_scale=1.0, lr_decay=1.0 if self.method == "pbt" else self.lr_decay, momentum=self.momentum,
+                    weight_decay=self.weight_decay, cutout=data.augmentation.cutout)
+
+
+def defaults():
+    """The defaults that the data sets determine, as options."""
+    text = ""
+    for name, protocol in PROTOCOLS.items():
+        words = {**protocol, "validation": DATASETS[name].validation, "enlarge": DATASETS[name].enlarge}
+        words["milestones"] = " ".join(map(str, protocol["milestones"]))
+        words = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in words.items())
+        text += textwrap.fill(f"{name}: {words}", 100, initial_indent="  ", subsequent_indent="    ",
+                              break_on_hyphens=False) + "\n"
+    return text
+
+
+ENDING = f"""defaults by data set:
+{defaults()}  a folder of images: as cifar10, but --validation a tenth of the training images, and --enlarge 1
+
+commands to begin with:
+  python epbt.py                                                                the digits, in some minutes
+  python epbt.py --dataset pictures/ --model torchvision:resnet18 --out runs/a  images of your own
+  python epbt.py --resume --out runs/a                                          go on after an interruption
+  python epbt.py --replay runs/a --generations 100                              one network by the evolved schedule
+"""
+
+
+def parse(description, arguments):
+    """The resolved Config of a command line. With --resume, the folder's config completes what is not given.
+
+    description: what --help begins with."""
+    given = options.parse(Config, description, ENDING, arguments)
+    config = Config(**given).resolved()
+    if config.resume:
+        stored = read_config(config.out)
+        stored = {f.name: stored[f.name] for f in fields(Config) if f.name in stored}
+        same = {name: getattr(config, name) for name, value in given.items() if name in stored and value != "auto"}
+        refuse_differences({name: stored[name] for name in same}, same, config.out)
+        config = Config(**{**given, **stored}).resolved()
+    return config
