@@ -37,7 +37,8 @@ BY_DATA = "by data set: see the end"
 # The paper's method, and what `--preset best` makes of it: the README has the measurements.
 PRESETS = {
     "paper": dict(distillation=0.8, theta_range=10.0),
-    "best": dict(distillation=0.0, theta_range=1.0, add_cross_entropy=True, average_weights=True, evolve_cutout=True),
+    "best": dict(distillation=0.0, theta_range=1.0, add_cross_entropy=True, average_weights=True, milestones=(),
+                 evolve_cutout=True),
 }
 ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start from a parent that did not train lately
 
