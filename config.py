@@ -13,7 +13,7 @@ import torch
 
 import options
 from baselines import PBT_SPACE
-from data import DATASETS
+from data import DATASETS, folder_source
 from evolution import search_space
 from models import model_error
 from options import ConfigError, option
@@ -38,7 +38,7 @@ BY_DATA = "by data set: see the end"
 PRESETS = {
     "paper": dict(distillation=0.8, theta_range=10.0),
     "best": dict(distillation=0.0, theta_range=1.0, add_cross_entropy=True, average_weights=True, milestones=(),
-                 evolve_cutout=True),
+                 high_rates=True, evolve_cutout=True),
 }
 ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start from a parent that did not train lately
 
@@ -72,7 +72,9 @@ class Config:
                               low=0, high=1)
     theta_range: float | None = option("evolution", None, "initial thetas are uniform between minus this and this, Sec. "
                                        "4.1", above=0, otherwise=10)
-    evolve_cutout: bool = option("evolution", False, "evolve the size of the cutout too; not in the paper")
+    high_rates: bool = option("evolution", False, "leave low learning rates and momenta out of the search space; not in "
+                              "the paper")
+    evolve_cutout: bool = option("evolution", False, "evolve the cutout too, up to that of the data set; not in the paper")
     viable_init: bool = option("evolution", False, "draw initial losses again that train backwards; not in the paper")
     known_losses: int = option("evolution", 0, "how many of the initial losses are an expansion of cross-entropy; not "
                                "in the paper", low=0)
@@ -201,8 +203,16 @@ class Config:
     def search_space(self):
         """The variables that the method evolves."""
         if self.method == "epbt":
-            return search_space(self.theta_range if self.loss == "taylorglo" else None, self.evolve_cutout)
+            theta_range = self.theta_range if self.loss == "taylorglo" else None
+            return search_space(theta_range, self.high_rates, self.largest_cutout() if self.evolve_cutout else 0)
         return PBT_SPACE if self.method in ("pbt", "random") else ()
+
+    def largest_cutout(self):
+        """In pixels: that of the data set. Tensors of one's own are not augmented."""
+        if self.dataset == "custom":
+            return 0
+        source = DATASETS[self.dataset] if self.dataset in DATASETS else folder_source(self.dataset, self.image_size)
+        return source.augmentation.cutout
 
     def fixed(self, data):
         """The hyperparameters of individuals that do not evolve them."""

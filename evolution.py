@@ -47,13 +47,16 @@ LEARNING_RATE_SCHEDULE = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 
 MOMENTUM = (Variable("momentum", 0.5, 0.99),)
 # log y of the true class, expanded to the second order around y = 1/2, as a theta: f = x (2 (y - 1/2) - 2 (y - 1/2)^2).
 CROSS_ENTROPY = (0.0, 0.5, 0.0, 0.0, 0.0, 2.0, -4.0, 0.0)
-CUTOUT = (Variable("cutout", 0.0, 16.0),)  # side in pixels; not in the paper
+# Not in the paper: without the low rates that win early and lose late.
+HIGH_RATES = (Variable("lr_scale", 1.0, 10.0, log=True), Variable("lr_decay", 1.0, 10.0), Variable("momentum", 0.8, 0.97))
 
 
-def search_space(theta_range=10.0, cutout=False):
-    """The variables that EPBT evolves; those of the loss only with a theta_range, and the cutout if it is wanted."""
+def search_space(theta_range=10.0, high_rates=False, cutout=0):
+    """The variables that EPBT evolves; those of the loss only with a theta_range. Not in the paper: cutout, if it is
+    not 0, is the largest side in pixels of the square that is cut out."""
     theta = tuple(Variable(f"theta{i}", -theta_range, theta_range, clip=False) for i in range(8)) if theta_range else ()
-    return theta + LEARNING_RATE_SCHEDULE + MOMENTUM + (CUTOUT if cutout else ())
+    rates = HIGH_RATES if high_rates else LEARNING_RATE_SCHEDULE + MOMENTUM
+    return theta + rates + ((Variable("cutout", 0.0, float(cutout)),) if cutout else ())
 
 
 SEARCH_SPACE = search_space()

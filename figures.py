@@ -169,6 +169,7 @@ def schedule(run):
 
 # Grouping ------------------------------------------------------------------------------------------------------------
 
+SEARCH = "loss", "theta_range", "high_rates", "evolve_cutout", "image_size"  # what the search space depends on
 NO_VARIANT = {"method", "dataset", "model", "seed", "replay", "device", "threads", "loss_backend"}
 
 
@@ -221,8 +222,9 @@ def unusual(config):
     if config.method == "replay":
         own = "generations", "epochs", "add_cross_entropy", "average_weights"
         usual |= {key: getattr(config, key) for key in own if hasattr(config, key)}
-    choices = {key: getattr(config, key, usual[key]) for key in ("loss", "theta_range", "evolve_cutout")}
-    usual |= {"space": [list(vars(v).values()) for v in Config(method=config.method, **choices).search_space()]}
+    choices = {key: getattr(config, key, usual[key]) for key in SEARCH}
+    standard = Config(method=config.method, dataset=config.dataset, **choices).search_space()
+    usual |= {"space": [list(vars(v).values()) for v in standard]}
     usual = json.loads(json.dumps(usual))  # tuples are lists there
     return {key: getattr(config, key) for key in usual if getattr(config, key, usual[key]) != usual[key]}
 

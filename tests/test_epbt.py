@@ -374,6 +374,8 @@ def test_the_presets_fill_in_what_is_not_given():
     assert (best.elites, best.distillation, best.theta_range) == (10, 0.0, 1.0)
     assert best.average_weights and best.add_cross_entropy and best.evolve_cutout
     assert [v.name for v in best.search_space()] == [v.name for v in SEARCH_SPACE] + ["cutout"]
+    assert [(v.low, v.high) for v in best.search_space()[8:]] == [(1, 10), (1, 10), (0.8, 0.97), (0, 16)]
+    assert best.milestones == () and paper.milestones == (0.3, 0.6, 0.8)
     assert {(v.low, v.high) for v in best.search_space()[:8]} == {(-1.0, 1.0)}
     assert paper.search_space() == SEARCH_SPACE
     own = Config(dataset="cifar10", preset="best", elites=20, distillation=0.4, theta_range=10.0).resolved()
