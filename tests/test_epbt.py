@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from config import PROTOCOLS
 from data import Augmentation, load_data, normalize
 from epbt import Config, checked_space, evolve, formula, main
 from evolution import MOMENTUM, SEARCH_SPACE, Variable, fittest, novelty_elites, pulse
@@ -20,6 +21,7 @@ from models import make_model
 from options import ConfigError
 from records import read_log
 from taylorglo_ext.reference import reference_loss
+from tests.test_data import write_cifar10, write_svhn
 
 ROOT = Path(__file__).parents[1]
 
@@ -431,3 +433,19 @@ def test_baseline_1_is_one_network_and_uses_every_core():
     assert (c.population, c.workers, c.search_space()) == (1, 1, ())
     data = SimpleNamespace(augmentation=Augmentation(cutout=16))
     assert c.fixed(data) == dict(lr_scale=1, lr_decay=5, momentum=0.9, weight_decay=0, cutout=16)
+
+
+# The paper's data sets, on small files in their published formats.
+
+
+@pytest.mark.parametrize("name, write", [("cifar10", write_cifar10), ("svhn", write_svhn)])
+def test_the_papers_protocols_run_for_two_generations(name, write, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", monkeypatch)
+    for method in ("baseline", "pbt", "epbt"):
+        main(["--method", method, "--dataset", name, "--data-root", str(tmp_path / "data"), "--model", "resnet8",
+              "--population", "4", "--generations", "2", "--validation", "20", "--workers", "1", "--threads", "1",
+              "--out", str(tmp_path / method)])
+        summary = json.loads((tmp_path / method / "summary.json").read_text())
+        assert summary["epochs_trained"] == {"baseline": 2, "pbt": 8, "epbt": 6}[method] * PROTOCOLS[name]["epochs"]
+        assert len(read_log(tmp_path / method)) == 2
