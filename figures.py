@@ -337,7 +337,7 @@ def accounting_table(rows):
         tried, trained, full = map(fmean, zip(*map(accounting, row.complete or row.runs), strict=True))
         hours = fmean(run.seconds / 3600 for run in row.complete or row.runs)
         lines.append([row.label, f"{tried:,.0f}", f"{trained:,.0f}", f"{full:,.0f}", f"{full / trained:.1f}",
-                      f"{hours:.3g}"])
+                      f"{hours:.3g}" if hours else "-"])  # published results carry no times
     return table(["a run", "losses or settings tried", "epochs trained", "full training of each", "ratio", "hours"],
                  lines)
 
@@ -440,7 +440,8 @@ def figure_losses(runs, title):
         ax.remove()
     figure.suptitle(title, fontsize=9)
     figure.supxlabel("y, predicted probability of the true class", fontsize=9)
-    figure.supylabel("loss above that at y = 1", fontsize=9)
+    added = " (Eq. 2 alone; cross-entropy is added)" if getattr(runs[0].config, "add_cross_entropy", False) else ""
+    figure.supylabel(f"loss above that at y = 1{added}", fontsize=9)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes[: len(runs) + 1], label="epochs of training")
     return figure
 
