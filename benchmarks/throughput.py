@@ -51,7 +51,7 @@ CHILDREN = 4
 CORES = len(os.sched_getaffinity(0))
 FIELDS = ("device", "torch", "cores", "contender", "model", "networks", "workers", "p10_s", "median_s", "p90_s", "samples",
           "images_per_s")
-SETTINGS = dict(dataset="fashion", model="resnet8", limit=4000, validation=500, epochs=1, generations=1000)
+SETTINGS = dict(dataset="fashion", model="resnet8", limit=2000, validation=500, epochs=1, generations=1000)
 TUNE = "--dataset digits --model resnet8 --population 8 --generations 10 --epochs 3 --seed 1".split()
 
 
@@ -160,7 +160,7 @@ def on_cpu(rounds):
         "epbt, bfloat16": (ours(rough, data, n), config.model, CHILDREN, n),
     }
     yield from records_of(contenders, data, rounds)
-    for networks in (2, 4, 16):
+    for networks in (2, 8):
         yield from records_of({f"P = {2 * networks}": (ours(config, data, n, networks), config.model, networks, n)},
                               data, max(2, rounds // 2))
     for model in ("resnet20", "wrn-10-1"):

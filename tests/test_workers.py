@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import fields, replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -255,7 +256,8 @@ def test_a_run_with_workers_is_the_run_without(alone, tmp_path):
 def test_ctrl_c_ends_a_run_within_seconds_and_says_how_to_go_on(alone, tmp_path):
     folder = tmp_path / "a run"
     process = subprocess.Popen([sys.executable, "epbt.py", *TINY, "--workers", "2", "--out", str(folder)], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # not so in background
     wait_for(lambda: (folder / "individuals" / "000001.ckpt").exists(), 120)
     family = {process.pid, *workers_of(process.pid)}
     assert len(family) == 3
