@@ -403,7 +403,9 @@ def figure_accuracy(problems):
     for ax in axes[:, 0]:
         ax.set_ylabel("test accuracy (%)")
     handles = {label: handle for ax in axes[1] for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 if len(problems) < 3 else 4,
+    longest = max(map(len, handles), default=0)
+    columns = max(1, int(figure.get_figwidth() / (0.5 + 0.065 * longest)))  # inches: the handle, and a character
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns,
                   title="mean and standard error of the fittest individual")
     return figure
 

@@ -32,7 +32,7 @@ case $scale in
         seeds="1 2 3"
         first="--dataset digits --model resnet8 --population 8 --generations 8 --epochs 2"
         wide="wrn-10-1 wrn-16-1"; wide_data="--dataset digits --population 6 --generations 5 --epochs 1"
-        second="--dataset digits --model resnet8 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
+        second="--dataset digits --model resnet20 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
     *) echo "SCALE must be paper or small, not $scale" >&2; exit 2 ;;
 esac
 seeds=${SEEDS:-$seeds}
