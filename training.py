@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import taylorglo_ext
 from data import Data, draw_augmentation, make_batch, normalize
 from evolution import first_step, random_stream
 from models import make_model
 from records import Individual, finite_or_none, load_individual, save_individual
-from taylorglo_ext import taylorglo_loss
+from taylorglo_ext import distilled_cross_entropy, taylorglo_loss
 
 EVALUATION_BATCH = 500  # at most
 STEPS_A_TURN = 8  # that a slot takes before the next slot of the same device has its turn
@@ -241,9 +240,9 @@ class Trainer:
 
     def _load(self, task):
         if task.parent is None:
-            seed = int(random_stream("weights", self.job.seed, task.individual.id).integers(2**63))
+            model = self._new_model(int(random_stream("weights", self.job.seed, task.individual.id).integers(2**63)))
             for network in self.networks:
-                network.start_afresh(self._new_model(seed))
+                network.start_afresh(model)
         else:
             states = torch.from_numpy(load_individual(task.parent)[1]).chunk(len(self.networks))
             for network, state in zip(self.networks, states, strict=True):
@@ -312,15 +311,12 @@ class Trainer:
     def _loss(self, logits, labels, teacher_logits):
         """Eq. 2 with Eq. 3 inside, or cross-entropy where theta is not among the hyperparameters, or their sum."""
         alpha = None if teacher_logits is None else self.scalars["alpha"]
-        loss = 0
-        if self.loss_is_taylorglo:
-            loss = taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
-            if not self.job.add_cross_entropy:
-                return loss
-        if teacher_logits is None:
-            return loss + F.cross_entropy(logits, labels)
-        one_hot = F.one_hot(labels, logits.shape[1])
-        return loss + F.cross_entropy(logits, alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * one_hot)  # Eq. 3
+        if not self.loss_is_taylorglo:
+            return distilled_cross_entropy(logits, labels, teacher_logits, alpha)
+        loss = taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
+        if self.job.add_cross_entropy:
+            loss = loss + distilled_cross_entropy(logits, labels, teacher_logits, alpha)
+        return loss
 
     def _score(self, individual):
         """Fitness and behaviour on the validation images; the test accuracy is recorded for comparison only."""

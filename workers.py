@@ -302,10 +302,9 @@ def throughput(trainers):
     for _ in range(2):  # the first time captures the graphs
         begun = time.perf_counter()
         busy = {trainer: trainer.rehearse(REHEARSAL) for trainer in trainers}
-        images = sum(REHEARSAL * trainer.batch for trainer in trainers)
         while busy:
             finished(busy)
-    return images / (time.perf_counter() - begun)
+    return sum(REHEARSAL * trainer.batch for trainer in trainers) / (time.perf_counter() - begun)
 
 
 def keep_freed_memory():

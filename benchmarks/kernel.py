@@ -99,13 +99,25 @@ def device_name(device: str) -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """The median, and the deciles around it."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p10": deciles[0], "median": statistics.median(values), "p90": deciles[-1]}
+
+
+def write_csv(path: Path, fields: tuple[str, ...], records: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
 def describe(cell: dict, times: dict[str, list[float]]) -> list[dict]:
     """One record for each method."""
     records = []
     for name, values in times.items():
-        deciles = statistics.quantiles(values, n=10, method="inclusive")
-        quantiles = {"p10_us": deciles[0], "median_us": statistics.median(values), "p90_us": deciles[-1]}
-        quantiles = {key: round(1e6 * value, 2) for key, value in quantiles.items()}
+        quantiles = {f"{name}_us": round(1e6 * value, 2) for name, value in spread(values).items()}
         records.append({**cell, "method": name, **quantiles, "samples": len(values)})
     return records
 
@@ -182,11 +194,7 @@ def main() -> None:
                     records += new
     if options.quick:
         return
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"kernel-{options.device}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    write_csv(RESULTS / f"kernel-{options.device}.csv", FIELDS, records)
     plot(records, RESULTS / f"kernel-{options.device}.png")
 
 

@@ -21,11 +21,9 @@ saturates the device.
 
 import argparse
 import copy
-import csv
 import itertools
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernel import RESULTS, device_name
+from benchmarks.kernel import RESULTS, device_name, spread, write_csv
 from data import DATASETS, ImageSet, draw_augmentation, load_data, make_batch, make_data, normalize
 from epbt import METHODS, Config, make_job
 from models import make_model
@@ -176,10 +174,9 @@ def records_of(contenders, data, rounds):
 
 
 def record(contender, times, images, **facts):
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    median = statistics.median(times)
-    return dict(contender=contender, **facts, p10_s=round(deciles[0], 4), median_s=round(median, 4),
-                p90_s=round(deciles[-1], 4), samples=len(times), images_per_s=round(images / median, 1))
+    seconds = spread(times)
+    return dict(contender=contender, **facts, **{f"{name}_s": round(value, 4) for name, value in seconds.items()},
+                samples=len(times), images_per_s=round(images / seconds["median"], 1))
 
 
 def against_tune(repetitions):
@@ -298,12 +295,8 @@ def main():
         records.append(machine | row)
         print(f"{row['contender']:24}{row['model']:>10}{row['networks']:>10}{row['workers']:>9}{row['median_s']:>10.3f}"
               f"{row['p10_s']:>9.3f}{row['p90_s']:>9.3f}{row['images_per_s']:>11,.0f}", flush=True)
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / ("tune-cpu.csv" if options.tune else f"throughput-{options.device}.csv")
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
+    write_csv(path, FIELDS, records)
     plot(records, path.with_suffix(".png"))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .build import BackendError, load_library
 from .reference import check_inputs, check_labels, reference_loss, widen
 
-__all__ = ["BackendError", "TaylorGLOLoss", "load", "losses", "taylorglo_loss"]
+__all__ = ["BackendError", "TaylorGLOLoss", "distilled_cross_entropy", "load", "losses", "taylorglo_loss"]
 
 _in_use: dict[str, str] = {}  # device type -> the backend that load() chose for it
 
@@ -99,11 +99,18 @@ class TaylorGLOLoss(nn.Module):
         self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor | None = None
     ) -> Tensor:
         loss = taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
-        if not self.add_cross_entropy:
-            return loss
-        if teacher_logits is not None:  # Eq. 3
-            labels = alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * F.one_hot(labels, logits.shape[1])
-        return loss + F.cross_entropy(logits, labels)
+        if self.add_cross_entropy:
+            loss = loss + distilled_cross_entropy(logits, labels, teacher_logits, alpha)
+        return loss
+
+
+def distilled_cross_entropy(
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor | None = None
+) -> Tensor:
+    """Cross-entropy, with the labels of Eq. 3 where there is a teacher. Arguments as for :func:`taylorglo_loss`."""
+    if teacher_logits is not None:
+        labels = alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * F.one_hot(labels, logits.shape[1])
+    return F.cross_entropy(logits, labels)
 
 
 def losses(schedule: dict) -> list[nn.Module]:

@@ -13,6 +13,14 @@ TINY = ("--population 4 --generations 3 --epochs 1 --limit 300 --validation 60 -
         "--loss-backend reference")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that carry the marker cuda are skipped without a GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Sums round alike only on equally many threads."""

@@ -23,7 +23,6 @@ ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # Of a gradient that has been rounded twice to the dtype of the logits.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -486,7 +485,6 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-@needs_gpu
 @pytest.mark.cuda
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 127, 128, 129, 5000])
 @pytest.mark.parametrize("classes", [1, 2, 10, 33, 100, 1000, 1001, 32003])
@@ -500,7 +498,6 @@ def test_gpu_odd_sizes(poisoned_memory, rows, classes, dtype):
     assert_agrees(logits.t().contiguous().t(), labels, theta, teacher_logits, 1.0)
 
 
-@needs_gpu
 @pytest.mark.cuda
 @pytest.mark.parametrize("classes", [10, 1000, 32003])
 def test_gpu_extreme_logits_and_labels(poisoned_memory, classes):
@@ -517,7 +514,6 @@ def test_gpu_extreme_logits_and_labels(poisoned_memory, classes):
         assert loss.isnan() and gradient[7].isnan().all() and not gradient[6].isnan().any()
 
 
-@needs_gpu
 @pytest.mark.cuda
 @pytest.mark.parametrize("rows", [128, 5000])
 def test_gpu_graph_replays_with_new_parameters(poisoned_memory, rows):

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +13,11 @@ from torch import nn
 import training
 from config import PROTOCOLS, Config
 from data import Augmentation, make_data
+from epbt import make_job
 from models import make_model
 from records import Individual, load_individual
 from taylorglo_ext.reference import reference_loss
-from training import Job, Network, Task, Trainer, learning_rate, load_state, prepare, scaled_theta
+from training import Network, Task, Trainer, learning_rate, load_state, prepare, scaled_theta
 from workers import finished
 
 CROSS_ENTROPY = {}  # nothing is evolved
@@ -102,8 +103,8 @@ def job(model="Small", fixed=(), **settings):
     tiny = dict(seed=1, generations=4, epochs=2, batch_size=36, milestones=(0.5,), loss_backend="reference")
     model = f"test_training:{model}" if model in globals() else model
     config = Config(model=model, device="cpu", **{**tiny, **settings}).resolved()
-    shared = {f.name: getattr(config, f.name) for f in fields(Job) if f.name not in ("data", "fixed")}
-    return Job(data=images, fixed={**config.fixed(images), **dict(fixed)}, **shared)
+    made = make_job(config, images)
+    return replace(made, fixed={**made.fixed, **dict(fixed)})
 
 
 def task(folder, id=0, h=CROSS_ENTROPY, generation=0, parent=None, teacher=None, alpha=0.0):
@@ -482,8 +483,6 @@ def test_seed_generation_and_id_each_change_the_training(tmp_path):
 
 # On a GPU.
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 @pytest.fixture
 def on_gpu():
@@ -502,7 +501,6 @@ def kinds_of_tasks(folder):
 
 
 @pytest.mark.cuda
-@needs_gpu
 @pytest.mark.parametrize("model", ["Whimsical", "resnet8"])
 def test_a_captured_graph_computes_what_the_eager_step_computes(model, on_gpu, tmp_path):
     captured = Trainer(on_gpu(model=model))
@@ -515,7 +513,6 @@ def test_a_captured_graph_computes_what_the_eager_step_computes(model, on_gpu, t
 
 
 @pytest.mark.cuda
-@needs_gpu
 def test_slots_that_take_turns_on_a_gpu_compute_what_one_computes(on_gpu, tmp_path):
     one = Trainer(on_gpu(model="Whimsical"))
     expected = [outcome(one, t) for t in kinds_of_tasks(tmp_path)]
@@ -529,7 +526,6 @@ def test_slots_that_take_turns_on_a_gpu_compute_what_one_computes(on_gpu, tmp_pa
 
 
 @pytest.mark.cuda
-@needs_gpu
 def test_a_gpu_trains_as_the_cpu_does(on_gpu, tmp_path):
     gpu, cpu = Trainer(on_gpu(epochs=1)), Trainer(job(epochs=1))
     for t in kinds_of_tasks(tmp_path)[:3]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,9 +20,10 @@ import torch
 import workers
 from config import Config
 from data import make_data
+from epbt import make_job
 from records import Individual, RunError, load_individual
 from tests.soak import ROOT, TINY, Run, complete, kill, parents, result, undisturbed, wait_for, workers_of
-from training import Job, Task, Trainer
+from training import Task, Trainer
 from workers import Processes, ThisProcess
 
 THETA = {f"theta{i}": 10.0 * (i == 5) for i in range(8)}
@@ -34,8 +35,7 @@ def job():
     images = rng.integers(0, 256, (600, 1, 8, 8), dtype=np.uint8), rng.integers(0, 10, 600)
     data = make_data(images, images, validation=100)
     config = Config(dataset="digits", epochs=1, batch_size=50, loss_backend="reference", device="cpu").resolved()
-    shared = {f.name: getattr(config, f.name) for f in fields(Job) if f.name not in ("data", "fixed")}
-    return Job(data=data, fixed=config.fixed(data), **shared)
+    return make_job(config, data)
 
 
 @pytest.fixture
