@@ -1,6 +1,7 @@
 """Ray Tune's PopulationBasedTraining on the job of ``python epbt.py --method pbt``, for benchmarks.throughput --tune.
 
-The same networks, data, epochs, population, search space and training code, one thread a trial; the rest is Tune's.
+The same networks, data, epochs, population and search space, one thread a trial. The training code is this project's, or
+with ``--plain`` what one would write in PyTorch; the rest is Tune's.
 """
 
 import shutil
@@ -8,16 +9,20 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import ray
+import torch
+import torch.nn.functional as F
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
 import options
 from baselines import PBT_SPACE, RESET_PROBABILITY, TRUNCATION
-from data import load_data
+from data import draw_augmentation, load_data, make_batch, normalize
 from epbt import Config, make_job
+from models import make_model
 from records import Individual, load_individual
-from training import Task, Trainer, prepare
+from training import EVALUATION_BATCH, Task, Trainer, prepare
 
 (RATE,) = PBT_SPACE
 
@@ -52,8 +57,65 @@ class Member(tune.Trainable):
         self.folder.cleanup()
 
 
+class PlainMember(tune.Trainable):
+    """The same in plain PyTorch."""
+
+    def setup(self, config, job):
+        torch.set_num_threads(job.threads)
+        self.job, self.rng = job, np.random.default_rng()
+        self.reset_config(config)
+
+    def reset_config(self, config):
+        data = self.job.data
+        self.model = make_model(self.job.model, data.num_classes, data.channels, int(self.rng.integers(2**63)))
+        self.model.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.job.learning_rate * config[RATE.name],
+                                         momentum=self.job.fixed["momentum"])
+        return True
+
+    def step(self):
+        self.model.train()
+        for _ in range(self.job.epochs):
+            self.train_epoch()
+        self.model.eval()
+        fitness, _ = self.accuracy(self.job.data.validation), self.accuracy(self.job.data.test)
+        return {"fitness": fitness}
+
+    def train_epoch(self):
+        data, size = self.job.data, self.job.batch_size
+        order = torch.from_numpy(self.rng.permutation(len(data.train)))
+        draws = torch.from_numpy(draw_augmentation(data.augmentation, len(order), data.height, data.width, self.rng))
+        for i in range(0, len(order) - size + 1, size):
+            index = order[i:i + size]
+            images = make_batch(data.train.images, index, draws[i:i + size], data.augmentation, data.mean, data.std)
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(images), data.train.labels[index]).backward()
+            self.optimizer.step()
+
+    @torch.no_grad()
+    def accuracy(self, image_set):
+        correct = 0
+        for images, labels in zip(image_set.images.split(EVALUATION_BATCH), image_set.labels.split(EVALUATION_BATCH),
+                                  strict=True):
+            logits = self.model(normalize(images, self.job.data.mean, self.job.data.std))
+            correct += (logits.argmax(1) == labels).sum().item()
+        return correct / len(image_set)
+
+    def save_checkpoint(self, folder):
+        torch.save((self.model.state_dict(), self.optimizer.state_dict()), Path(folder) / "individual.pt")
+
+    def load_checkpoint(self, folder):
+        model, optimizer = torch.load(Path(folder) / "individual.pt")
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.param_groups[0]["lr"] = rate  # the perturbed one
+
+
 def main():
-    config = Config(method="pbt", device="cpu", **options.parse(Config, __doc__, None, sys.argv[1:])).resolved()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--plain"]
+    member = Member if arguments == sys.argv[1:] else PlainMember
+    config = Config(method="pbt", device="cpu", **options.parse(Config, __doc__, None, arguments)).resolved()
     job = make_job(config, load_data(config.dataset, seed=config.seed))
     ray.init(include_dashboard=False, log_to_driver=False,
              runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}})
@@ -62,7 +124,7 @@ def main():
         hyperparam_mutations={RATE.name: tune.loguniform(RATE.low, RATE.high)})
     with tempfile.TemporaryDirectory() as storage:
         results = tune.Tuner(
-            tune.with_resources(tune.with_parameters(Member, job=job), {"cpu": config.threads}),
+            tune.with_resources(tune.with_parameters(member, job=job), {"cpu": config.threads}),
             param_space={RATE.name: tune.loguniform(RATE.low, RATE.high)},
             tune_config=tune.TuneConfig(metric="fitness", mode="max", num_samples=config.population,
                                         scheduler=scheduler, reuse_actors=True),

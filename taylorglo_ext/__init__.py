@@ -46,9 +46,12 @@ def load(backend: str = "auto", device: str = "cpu") -> str:
     return chosen
 
 
-@torch.compiler.assume_constant_result
 def _backend(device: str) -> str:
     return _in_use.get(device) or load("auto", device)
+
+
+# torch.compiler.assume_constant_result does this alone, but imports torch._dynamo for it: a second, in every process.
+_backend._dynamo_marked_constant = True
 
 
 def taylorglo_loss(

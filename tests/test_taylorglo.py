@@ -344,6 +344,16 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(gradient, expected_gradient)
 
 
+def test_the_first_loss_of_a_process_may_be_compiled():
+    code = (
+        "import sys, torch; from taylorglo_ext import taylorglo_loss; assert 'torch._dynamo' not in sys.modules;"
+        "loss = torch.compile(taylorglo_loss, fullgraph=True, backend='aot_eager');"
+        "loss(torch.randn(6, 10, requires_grad=True), torch.arange(6), torch.randn(8)).backward()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(backend, dtype):
     # As every loss under autocast, this one computes in float32. So a gradient that float16 cannot hold survives, when the
