@@ -76,8 +76,6 @@ class Config:
                               "the paper")
     evolve_cutout: bool = option("evolution", False, "evolve the cutout too, up to that of the data set; not in the paper")
     viable_init: bool = option("evolution", False, "draw initial losses again that train backwards; not in the paper")
-    known_losses: int = option("evolution", 0, "how many of the initial losses are an expansion of cross-entropy; not "
-                               "in the paper", low=0)
     novelty: str = option("novelty", "pulsation", "Novelty Selection: off for p generations and on for p, on in one of "
                           "p, always, or never, Sec. 2.5, 3.4", choices=("pulsation", "one-in-p", "always", "off"))
     pulsation_period: int = option("novelty", 5, "p, in generations, Sec. 3.4", low=1)
@@ -92,8 +90,6 @@ class Config:
                                   "cross-entropy; not in the paper")
     add_cross_entropy: bool = option("loss", False, "add cross-entropy to Eq. 2, so that it regularizes; not in the "
                                      "paper")
-    average_weights: bool = option("training", False, "score, teach and keep the running mean of a network's weights "
-                                   "over a generation; not in the paper")
     loss_backend: str = option("loss", "auto", "C++/CUDA kernel, plain PyTorch, or the first that works",
                                choices=("auto", "fused", "reference"))
     epochs: int | None = option("training", None, "per generation, Sec. 4.1", low=1, otherwise=BY_DATA)
@@ -105,6 +101,8 @@ class Config:
                                     above=0, otherwise=BY_DATA)
     momentum: float = option("training", 0.9, "where it is not evolved, Sec. 4.1", low=0, high=1)
     weight_decay: float = option("training", 0.0, "where it is not evolved; the paper does not say", low=0)
+    average_weights: bool = option("training", False, "score, teach and keep the running mean of a network's weights "
+                                   "over a generation; not in the paper")
     validation: int | None = option("data", None, "training images held out for the fitness, Sec. 4", low=1,
                                     otherwise=BY_DATA)
     enlarge: int | None = option("data", None, "augmented copies of each of them, Sec. 4.1", low=1, otherwise=BY_DATA)

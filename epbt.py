@@ -48,7 +48,7 @@ from records import (
 from replay import SCHEDULE, replay, schedule
 from training import HYPERPARAMETERS, Job, load_state
 from watch import watched
-from workers import Workers, make_pool
+from workers import Workers, make_pool, start_server
 
 
 def epbt(config, space, classes, workers, run):
@@ -63,7 +63,7 @@ def epbt(config, space, classes, workers, run):
         rng = random_stream("evolution", config.seed, g)
         alive = [m for m in M if not m.diverged]
         if not alive:  # Sec. 3.2, Initialization (again, should a whole generation have diverged)
-            h = initialize(space, config.population, rng, classes if config.viable_init else None, config.known_losses)
+            h = initialize(space, config.population, rng, classes if config.viable_init else None)
             elites, N = [], newborn(M, g, as_dicts(space, h))
             teacher, alpha = None, 0.0
         else:
@@ -132,6 +132,8 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
         config = replace(config, dataset="custom")
     config = config.resolved()
     space = checked_space(config.search_space() if space is None else space)
+    if config.slots() != 1 and config.backend == "processes":
+        start_server()  # it has imported PyTorch by the time the data is read
     data = read_data(config, train, test)
     config = replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device))
     job = make_job(config, data)

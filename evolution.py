@@ -45,8 +45,6 @@ class Variable:
 # schedule (scale 1, decay 5 or 10, momentum 0.9), as the paper asks of its search space.
 LEARNING_RATE_SCHEDULE = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 1.0, 10.0))
 MOMENTUM = (Variable("momentum", 0.5, 0.99),)
-# log y of the true class, expanded to the second order around y = 1/2, as a theta: f = x (2 (y - 1/2) - 2 (y - 1/2)^2).
-CROSS_ENTROPY = (0.0, 0.5, 0.0, 0.0, 0.0, 2.0, -4.0, 0.0)
 # Not in the paper: without the low rates that win early and lose late.
 HIGH_RATES = (Variable("lr_scale", 1.0, 10.0, log=True), Variable("lr_decay", 1.0, 10.0), Variable("momentum", 0.8, 0.97))
 
@@ -78,17 +76,15 @@ def draw(space, n, rng):
     return np.array([v.at(column) for v, column in zip(space, u.T, strict=True)]).reshape(-1, n).T
 
 
-def initialize(space, n, rng, viable_for=None, known=0):
+def initialize(space, n, rng, viable_for=None):
     """Sec. 3.2, Initialization: h of shape (n, variables), uniform within the ranges.
 
-    Not in the paper: with viable_for = the number of classes, rows whose loss would train backwards are drawn again,
-    and the losses of the first `known` rows are CROSS_ENTROPY."""
+    Not in the paper: with viable_for = the number of classes, rows whose loss would train backwards are drawn again."""
     h = draw(space, n, rng)
     theta = [i for i, v in enumerate(space) if v.name.startswith("theta")]
     if theta and viable_for is not None:
         while len(backwards := np.flatnonzero(first_step(h[:, theta], viable_for) <= 0)):
             h[backwards] = draw(space, len(backwards), rng)
-    h[:known, theta] = CROSS_ENTROPY[: len(theta)]
     return h
 
 

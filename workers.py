@@ -101,7 +101,7 @@ class Processes:
     """A pool of worker processes, started once a run."""
 
     def __init__(self, job, count):
-        self.context = _forkserver()
+        self.context = start_server()
         if job.device == "cpu":
             _share(job.data)
             places = [("cpu", 1)] * count
@@ -168,10 +168,12 @@ def _shares(count, devices):
     return [count // devices + (i < count % devices) for i in range(min(count, devices))]
 
 
-def _forkserver():
-    """Workers are forked from a server that has imported torch but started no thread and no CUDA context."""
+def start_server():
+    """Workers are forked from a server that has imported torch but started no thread and no CUDA context. It imports
+    in the background; to call this once more does nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training"])
+    # By itself as well: before Python 3.13 the server looks for modules in the working directory only.
+    context.set_forkserver_preload(["torch", "training"])
     if threading.current_thread() is not threading.main_thread():
         return context  # signals are not its business
     # Ctrl-C reaches every process of a terminal, and is the parent's to handle. The server and its workers ignore it
