@@ -33,10 +33,12 @@ PROTOCOLS = {
 
 
 BY_DATA = "by data set: see the end"
+BY_PRESET = "off, with --preset best on"
 
 # The paper's method, and what `--preset best` makes of it: the README has the measurements.
 PRESETS = {
-    "paper": dict(distillation=0.8, theta_range=10.0),
+    "paper": dict(distillation=0.8, theta_range=10.0, add_cross_entropy=False, average_weights=False, high_rates=False,
+                  evolve_cutout=False),
     "best": dict(distillation=0.0, theta_range=1.0, add_cross_entropy=True, average_weights=True, milestones=(),
                  high_rates=True, evolve_cutout=True),
 }
@@ -72,9 +74,10 @@ class Config:
                               low=0, high=1)
     theta_range: float | None = option("evolution", None, "initial thetas are uniform between minus this and this, Sec. "
                                        "4.1", above=0, otherwise=10)
-    high_rates: bool = option("evolution", False, "leave low learning rates and momenta out of the search space; not in "
-                              "the paper")
-    evolve_cutout: bool = option("evolution", False, "evolve the cutout too, up to that of the data set; not in the paper")
+    high_rates: bool | None = option("evolution", None, "leave low learning rates and momenta out of the search space; "
+                                     "not in the paper", otherwise=BY_PRESET)
+    evolve_cutout: bool | None = option("evolution", None, "evolve the cutout too, up to that of the data set; not in the "
+                                        "paper", otherwise=BY_PRESET)
     viable_init: bool = option("evolution", False, "draw initial losses again that train backwards; not in the paper")
     novelty: str = option("novelty", "pulsation", "Novelty Selection: off for p generations and on for p, on in one of "
                           "p, always, or never, Sec. 2.5, 3.4", choices=("pulsation", "one-in-p", "always", "off"))
@@ -88,8 +91,8 @@ class Config:
                                         "is that of the paper's [23]", low=0, high=1, otherwise=0.8)
     normalize_loss: bool = option("loss", False, "scale each loss so that its first step is as large as that of "
                                   "cross-entropy; not in the paper")
-    add_cross_entropy: bool = option("loss", False, "add cross-entropy to Eq. 2, so that it regularizes; not in the "
-                                     "paper")
+    add_cross_entropy: bool | None = option("loss", None, "add cross-entropy to Eq. 2, so that it regularizes; not in "
+                                            "the paper", otherwise=BY_PRESET)
     loss_backend: str = option("loss", "auto", "C++/CUDA kernel, plain PyTorch, or the first that works",
                                choices=("auto", "fused", "reference"))
     epochs: int | None = option("training", None, "per generation, Sec. 4.1", low=1, otherwise=BY_DATA)
@@ -101,8 +104,8 @@ class Config:
                                     above=0, otherwise=BY_DATA)
     momentum: float = option("training", 0.9, "where it is not evolved, Sec. 4.1", low=0, high=1)
     weight_decay: float = option("training", 0.0, "where it is not evolved; the paper does not say", low=0)
-    average_weights: bool = option("training", False, "score, teach and keep the running mean of a network's weights "
-                                   "over a generation; not in the paper")
+    average_weights: bool | None = option("training", None, "score, teach and keep the running mean of a network's "
+                                          "weights over a generation; not in the paper", otherwise=BY_PRESET)
     validation: int | None = option("data", None, "training images held out for the fitness, Sec. 4", low=1,
                                     otherwise=BY_DATA)
     enlarge: int | None = option("data", None, "augmented copies of each of them, Sec. 4.1", low=1, otherwise=BY_DATA)
@@ -139,11 +142,12 @@ class Config:
         if c.replay is not None:
             recorded = read_schedule(c.replay)
             c.method, c.add_cross_entropy = "replay", recorded.get("add_cross_entropy", False)
-            c.average_weights = c.average_weights or recorded.get("average_weights", False)
+            if c.average_weights is None:
+                c.average_weights = recorded.get("average_weights", False)
             protocol = {**protocol, "model": recorded["model"], "batch_size": recorded["batch_size"], "epochs": 1,
                         "generations": len(recorded["epochs"])}
         for name, value in {**protocol, **PRESETS[c.preset]}.items():
-            if getattr(c, name) is None or getattr(c, name) is False:
+            if getattr(c, name) is None:
                 setattr(c, name, value)
         if c.method in ("baseline", "replay"):
             c.population = 1

@@ -87,6 +87,7 @@ def parse(config_class, description, epilog, arguments):
         help = f.metadata["help"] + ("" if default is None else f" (default {default})")
         names = "{" + ",".join(f.metadata["choices"]) + "}" if "choices" in f.metadata else "NAME"
         number = dict(type=number_or_text, metavar="N" if kind is int else "X", nargs="*" if kind is tuple else None)
-        how = {bool: dict(action="store_true"), str: dict(metavar=names)}.get(kind, number)
+        switch = argparse.BooleanOptionalAction if f.default is None else "store_true"
+        how = {bool: dict(action=switch), str: dict(metavar=names)}.get(kind, number)
         groups[group].add_argument(flag(f), default=argparse.SUPPRESS, help=help.replace("%", "%%"), **how)
     return vars(parser.parse_args(arguments))

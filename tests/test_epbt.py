@@ -353,7 +353,7 @@ def test_help_tells_every_option(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert [f.name for f in fields(Config) if not re.search(rf"--{f.name.replace('_', '-')}\s", text)] == []
+    assert [f.name for f in fields(Config) if not re.search(rf"--{f.name.replace('_', '-')}[\s,]", text)] == []
     words = " ".join(text.split())
     assert "{pulsation,one-in-p,always,off}" in words and "(default pulsation)" in words
     assert ("svhn: --model resnet32 --population 40 --generations 40 --epochs 1 --batch-size 128 --milestones 0.5 0.75 "
@@ -382,6 +382,10 @@ def test_the_presets_fill_in_what_is_not_given():
     assert paper.search_space() == SEARCH_SPACE
     own = Config(dataset="cifar10", preset="best", elites=20, distillation=0.4, theta_range=10.0).resolved()
     assert (own.elites, own.distillation, own.theta_range) == (20, 0.4, 10.0) and own.average_weights
+    less = Config(dataset="cifar10", preset="best", average_weights=False, high_rates=False, milestones=(0.5,)).resolved()
+    assert not less.average_weights and less.add_cross_entropy and less.milestones == (0.5,)
+    assert [v for v in less.search_space() if v.name == "momentum"] == [v for v in SEARCH_SPACE if v.name == "momentum"]
+    assert not (paper.average_weights or paper.add_cross_entropy or paper.evolve_cutout or paper.high_rates)
 
 
 @pytest.mark.parametrize("population, elites, candidates", [(2, 1, 1), (3, 1, 1), (5, 2, 3), (5, 4, 5), (40, 20, 30)])
