@@ -233,7 +233,7 @@ def spell(key, value):
     if key == "space":
         return spell_space(value)
     words = key.replace("_", " ")
-    if isinstance(value, bool):
+    if isinstance(value, bool) or value == []:
         return words if value else f"no {words}"
     return f"{words} {'/'.join(map(str, value)) if isinstance(value, list) else value}"
 
@@ -411,8 +411,10 @@ def figure_accuracy(problems):
 
 
 def zoom(curves):
-    """A range that shows the later part of all curves."""
-    late = [(mean[i] - error[i], mean[i] + error[i]) for _, mean, error in curves
+    """A range that shows the later part of all curves but those that end far below the others."""
+    ends = [mean[-1] for _, mean, _ in curves]
+    far_below = max(ends) - 3 * (max(ends) - median(ends))
+    late = [(mean[i] - error[i], mean[i] + error[i]) for _, mean, error in curves if mean[-1] >= far_below
             for i in range(int(0.6 * len(mean)), len(mean))]
     low, high = min(x for x, _ in late), max(x for _, x in late)
     margin = 0.05 * (high - low) or 0.5

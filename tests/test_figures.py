@@ -28,6 +28,7 @@ from figures import (
     schedule,
     table,
     tables,
+    zoom,
 )
 from records import RunError
 from taylorglo_ext import taylorglo_loss
@@ -198,6 +199,16 @@ def test_other_evolved_variables_are_drawn_too(tmp_path):
     log = [[member(0, 0, 0.5, weight_decay=1e-4, lr_scale=1.0)]]
     run = load_run(write(tmp_path / "r", log, milestones=(0.9,)))
     assert schedule(run) == {"learning rate": [0.1, 0.1], "weight_decay": [1e-4, 1e-4]}
+
+
+def test_the_zoom_is_on_the_late_part_of_the_curves_that_end_near_the_top():
+    def curve(*mean):
+        return range(5), list(mean), [1.0] * 5
+
+    near, nearer, far = curve(10, 20, 30, 70, 90), curve(0, 0, 0, 80, 99), curve(0, 0, 0, 10, 20)
+    margin = 0.05 * (100 - 69)
+    assert zoom([near, nearer, far]) == pytest.approx((69 - margin, 100 + margin))
+    assert zoom([near, far]) == pytest.approx((9 - 0.05 * 82, 91 + 0.05 * 82))  # of two, each may be the one to see
 
 
 def test_comparison_draws_and_lists_every_run(three_seeds, tmp_path):
