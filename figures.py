@@ -40,7 +40,7 @@ SINGLE = ("baseline", "replay")  # methods of one network, which trains on the v
 LOOKS = {"Baseline 1": ("#0072B2", "s"), "Baseline 2 (PBT)": ("#009E73", "^"), "Independent networks": ("#CC79A7", "D"),
          "EPBT": ("#D55E00", "o"), "Replayed schedule": ("#56B4E9", "P")}
 MORE_LOOKS = (("#E69F00", "v"), ("#000000", "X"), ("#999999", "<"), ("#882255", ">"),
-              ("#44AA99", "*"), ("#117733", "d"))
+              ("#44AA99", "*"), ("#117733", "d"), ("#661100", "p"), ("#6699CC", "h"), ("#AA4499", "8"), ("#DDCC77", "H"))
 STYLE = {
     "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False, "lines.linewidth": 1.4,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd",
