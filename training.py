@@ -19,7 +19,7 @@ from data import Data, draw_augmentation, make_batch, normalize
 from evolution import first_step, random_stream
 from models import make_model
 from records import Individual, finite_or_none, load_individual, save_individual
-from taylorglo_ext import distilled_cross_entropy, taylorglo_loss
+from taylorglo_ext import TaylorGLOLoss, distilled_cross_entropy
 
 EVALUATION_BATCH = 500  # at most
 STEPS_A_TURN = 8  # that a slot takes before the next slot of the same device has its turn
@@ -143,7 +143,7 @@ class Trainer:
         self.teacher_path = None
         self.scalars = {name: torch.zeros((), device=self.device)
                         for name in ("learning_rate", "momentum", "weight_decay", "alpha", "loss")}
-        self.theta = torch.zeros(8, device=self.device)
+        self.taylorglo = TaylorGLOLoss(torch.zeros(8), job.add_cross_entropy).to(self.device)
         self._make_buffers(len(self.data.train))
         self.graphs = {}
         self.stream = self.pool = self.random_state = None
@@ -217,7 +217,7 @@ class Trainer:
         self.network.model.train()
         step = self._recorded(self._step, kind)
         if self.loss_is_taylorglo:
-            self.theta.copy_(torch.from_numpy(scaled_theta(h, self.job)))
+            self.taylorglo.theta.copy_(torch.from_numpy(scaled_theta(h, self.job)))
         for name in ("momentum", "weight_decay"):
             self.scalars[name].fill_(h[name])
         self.cutout.fill_(self.augmentation.cutout)
@@ -313,10 +313,7 @@ class Trainer:
         alpha = None if teacher_logits is None else self.scalars["alpha"]
         if not self.loss_is_taylorglo:
             return distilled_cross_entropy(logits, labels, teacher_logits, alpha)
-        loss = taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
-        if self.job.add_cross_entropy:
-            loss = loss + distilled_cross_entropy(logits, labels, teacher_logits, alpha)
-        return loss
+        return self.taylorglo(logits, labels, teacher_logits, alpha)
 
     def _score(self, individual):
         """Fitness and behaviour on the validation images; the test accuracy is recorded for comparison only."""

@@ -57,6 +57,28 @@ TUNE = "--dataset digits --model resnet8 --population 8 --generations 10 --epoch
 # On a CPU: contenders, each a context manager that gives a function of one generation.
 
 
+def plain_epoch(model, optimizer, job, rng, loss):
+    """An epoch of training in plain PyTorch. loss: called as loss(images, logits, labels)."""
+    data, size = job.data, job.batch_size
+    order = torch.from_numpy(rng.permutation(len(data.train)))
+    draws = torch.from_numpy(draw_augmentation(data.augmentation, len(order), data.height, data.width, rng))
+    for i in range(0, len(order) - size + 1, size):
+        index = order[i:i + size]
+        images = make_batch(data.train.images, index, draws[i:i + size], data.augmentation, data.mean, data.std)
+        optimizer.zero_grad()
+        loss(images, model(images), data.train.labels[index]).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def plain_accuracy(model, data, image_set):
+    correct = 0
+    for images, labels in zip(image_set.images.split(EVALUATION_BATCH), image_set.labels.split(EVALUATION_BATCH),
+                              strict=True):
+        correct += (model(normalize(images, data.mean, data.std)).argmax(1) == labels).sum().item()
+    return correct / len(image_set)
+
+
 def bare_generation(job, networks):
     """Train and score so many networks in plain PyTorch."""
     data, theta, alpha = job.data, torch.tensor([0.0, 0.5, 0, 0, 0, 20, -40, 0]), torch.tensor(0.4)
@@ -66,22 +88,17 @@ def bare_generation(job, networks):
             memory_format=torch.channels_last) for seed in (0, 1))
         teacher.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+        def distilled(images, logits, labels, teacher=teacher):
+            with torch.no_grad():
+                lesson = teacher(images)
+            return taylorglo_loss(logits, labels, theta, lesson, alpha)
+
         for _ in range(job.epochs):
-            order = torch.from_numpy(rng.permutation(len(data.train)))
-            draws = torch.from_numpy(draw_augmentation(data.augmentation, len(order), data.height, data.width, rng))
-            for index, draw in zip(order.split(job.batch_size)[:-1], draws.split(job.batch_size)[:-1], strict=True):
-                images = make_batch(data.train.images, index, draw, data.augmentation, data.mean, data.std)
-                with torch.no_grad():
-                    lesson = teacher(images)
-                optimizer.zero_grad()
-                taylorglo_loss(model(images), data.train.labels[index], theta, lesson, alpha).backward()
-                optimizer.step()
+            plain_epoch(model, optimizer, job, rng, distilled)
         model.eval()
-        with torch.no_grad():
-            for image_set in (data.validation, data.test):
-                for images, labels in zip(image_set.images.split(EVALUATION_BATCH),
-                                          image_set.labels.split(EVALUATION_BATCH), strict=True):
-                    (model(normalize(images, data.mean, data.std)).argmax(1) == labels).sum().item()
+        for image_set in (data.validation, data.test):
+            plain_accuracy(model, data, image_set)
 
 
 def bare_worker(job, networks, pipe):

@@ -18,11 +18,12 @@ from ray.tune.schedulers import PopulationBasedTraining
 
 import options
 from baselines import PBT_SPACE, RESET_PROBABILITY, TRUNCATION
-from data import draw_augmentation, load_data, make_batch, normalize
+from benchmarks.throughput import plain_accuracy, plain_epoch
+from data import load_data
 from epbt import Config, make_job
 from models import make_model
 from records import Individual, load_individual
-from training import EVALUATION_BATCH, Task, Trainer, prepare
+from training import Task, Trainer, prepare
 
 (RATE,) = PBT_SPACE
 
@@ -76,30 +77,12 @@ class PlainMember(tune.Trainable):
     def step(self):
         self.model.train()
         for _ in range(self.job.epochs):
-            self.train_epoch()
+            plain_epoch(self.model, self.optimizer, self.job, self.rng,
+                        lambda images, logits, labels: F.cross_entropy(logits, labels))
         self.model.eval()
-        fitness, _ = self.accuracy(self.job.data.validation), self.accuracy(self.job.data.test)
+        data = self.job.data
+        fitness, _ = (plain_accuracy(self.model, data, image_set) for image_set in (data.validation, data.test))
         return {"fitness": fitness}
-
-    def train_epoch(self):
-        data, size = self.job.data, self.job.batch_size
-        order = torch.from_numpy(self.rng.permutation(len(data.train)))
-        draws = torch.from_numpy(draw_augmentation(data.augmentation, len(order), data.height, data.width, self.rng))
-        for i in range(0, len(order) - size + 1, size):
-            index = order[i:i + size]
-            images = make_batch(data.train.images, index, draws[i:i + size], data.augmentation, data.mean, data.std)
-            self.optimizer.zero_grad()
-            F.cross_entropy(self.model(images), data.train.labels[index]).backward()
-            self.optimizer.step()
-
-    @torch.no_grad()
-    def accuracy(self, image_set):
-        correct = 0
-        for images, labels in zip(image_set.images.split(EVALUATION_BATCH), image_set.labels.split(EVALUATION_BATCH),
-                                  strict=True):
-            logits = self.model(normalize(images, self.job.data.mean, self.job.data.std))
-            correct += (logits.argmax(1) == labels).sum().item()
-        return correct / len(image_set)
 
     def save_checkpoint(self, folder):
         torch.save((self.model.state_dict(), self.optimizer.state_dict()), Path(folder) / "individual.pt")
@@ -113,9 +96,8 @@ class PlainMember(tune.Trainable):
 
 
 def main():
-    arguments = [argument for argument in sys.argv[1:] if argument != "--plain"]
-    member = Member if arguments == sys.argv[1:] else PlainMember
-    config = Config(method="pbt", device="cpu", **options.parse(Config, __doc__, None, arguments)).resolved()
+    plain = sys.argv[1:2] == ["--plain"]
+    config = Config(method="pbt", device="cpu", **options.parse(Config, __doc__, None, sys.argv[1 + plain:])).resolved()
     job = make_job(config, load_data(config.dataset, seed=config.seed))
     ray.init(include_dashboard=False, log_to_driver=False,
              runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}})
@@ -124,7 +106,7 @@ def main():
         hyperparam_mutations={RATE.name: tune.loguniform(RATE.low, RATE.high)})
     with tempfile.TemporaryDirectory() as storage:
         results = tune.Tuner(
-            tune.with_resources(tune.with_parameters(member, job=job), {"cpu": config.threads}),
+            tune.with_resources(tune.with_parameters(PlainMember if plain else Member, job=job), {"cpu": config.threads}),
             param_space={RATE.name: tune.loguniform(RATE.low, RATE.high)},
             tune_config=tune.TuneConfig(metric="fitness", mode="max", num_samples=config.population,
                                         scheduler=scheduler, reuse_actors=True),

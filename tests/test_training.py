@@ -351,7 +351,7 @@ def distilled(h, alpha, **settings):
     """The loss of one image whose label is 0 and whose teacher is certain of 3, at y = (0.1, 0.2, 0.3, 0.4)."""
     trainer = Trainer(job(data=data(class_names="abcd"), **settings))
     trainer.loss_is_taylorglo = "theta0" in h
-    trainer.theta.copy_(torch.tensor([h.get(f"theta{i}", 0.0) for i in range(8)]))
+    trainer.taylorglo.theta.copy_(torch.tensor([h.get(f"theta{i}", 0.0) for i in range(8)]))
     trainer.scalars["alpha"].fill_(alpha)
     logits, teacher = torch.tensor([[0.1, 0.2, 0.3, 0.4]]).log(), torch.tensor([[0.0, 0.0, 0.0, 1e4]])
     return trainer._loss(logits, torch.tensor([0]), teacher).item()
