@@ -134,25 +134,25 @@ practice() {
 
 fashion_data="--dataset fashion --limit 2000 --validation 200 --generations 8 --epochs 3 --precision bfloat16 --threads 1"
 
-fashion() {
+fashion_runs() {
     scale=fashion
     experiment baseline --method baseline $fashion_data
     experiment pbt      --method pbt $fashion_data
-    experiment epbt     --method epbt $fashion_data
     experiment best     --method epbt $fashion_data --preset best
     replays replay best $fashion_data
+}
+
+fashion() {
+    fashion_runs
+    experiment epbt     --method epbt $fashion_data
     experiment random   --method random $fashion_data
     draw fashion baseline pbt random epbt best replay
 }
 
 preset() {
     local best="--method epbt $fashion_data --preset best"
-    scale=fashion
     seeds=${SEEDS:-6 7 8 9 10}
-    experiment baseline --method baseline $fashion_data
-    experiment pbt      --method pbt $fashion_data
-    experiment best     $best
-    replays replay best $fashion_data
+    fashion_runs
     experiment baseline-averaged  --method baseline $fashion_data --average-weights --milestones
     experiment random-averaged    --method random $fashion_data --average-weights --milestones
     experiment best-cross-entropy $best --loss cross-entropy
