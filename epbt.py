@@ -6,6 +6,7 @@ A population of networks trains in parallel while evolution adapts each one's lo
 parameters), learning-rate schedule and momentum. `epbt` below is Algorithm 1; hold the paper beside it.
 """
 
+import gc
 import io
 import json
 import shlex
@@ -213,7 +214,10 @@ def finish(config, folder, job):
                    class_names=data.class_names, pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
     for name, content in ((SCHEDULE, plan), ("summary.json", summary)):
         write_atomic(folder.path / name, (json.dumps(content, indent=2) + "\n").encode())
-    draw(folder.path)
+    from report import report  # here, as every worker process imports this module and matplotlib takes its time
+
+    with one_line(f"draw into {folder.path}"):
+        report(folder.path)
     return Outcome(write_best(folder, job, best), data, plan, summary)
 
 
@@ -224,16 +228,6 @@ def formula(h):
     terms = zip((t[2], t[3] / 2, t[4] / 6, t[5], t[6] / 2, t[7] / 2),
                 (a, a + "^2", a + "^3", b + a, b + a + "^2", b + "^2" + a), strict=True)
     return "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"
-
-
-def draw(folder):
-    """The figures and report.html of a finished run."""
-    from figures import draw_run  # here, as every worker process imports this module and matplotlib takes its time
-    from report import report
-
-    with one_line(f"draw into {folder}"):
-        draw_run(folder)
-        report(folder)
 
 
 def main(arguments=None):
@@ -267,3 +261,4 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     main()
+    gc.freeze()  # or the interpreter's end would look through all of PyTorch for garbage: half a second

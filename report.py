@@ -3,7 +3,6 @@
     python report.py runs/NAME
 """
 
-import io
 import re
 import sys
 from html import escape
@@ -12,7 +11,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.colors import Normalize, to_hex
 
-from figures import STYLE, accounting, load_started, own_figures
+from figures import accounting, draw_run, load_started
 from records import RunError, write_atomic
 
 CAPTIONS = {
@@ -30,7 +29,7 @@ PAGE = """<!DOCTYPE html>
 <style>
 :root {{ color-scheme: light dark; --ink: #1b1b1b; --soft: #5c5c5c; --paper: #ffffff; --line: #d9d9d9; }}
 @media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e6e6; --soft: #a3a3a3; --paper: #161616; --line: #3a3a3a; }}
+  :root {{ --ink: #e6e6e6; --soft: #a3a3a3; --paper: #141414; --line: #3a3a3a; }}
   svg {{ filter: invert(0.92) hue-rotate(180deg); }}  /* black ink becomes white, and the hues stay */
   svg.lineage {{ filter: none; }}
 }}
@@ -63,10 +62,10 @@ summary {{ cursor: pointer; font-weight: 600; }}
 
 
 def report(folder):
-    """Write report.html into the folder of a run, with what it has done so far. Returns its path. Raises RunError."""
+    """Write a run's own figures and report.html into its folder, with what it has done so far. Returns the path of the
+    page. Raises RunError."""
     run = load_started(folder)
-    with matplotlib.rc_context(STYLE):
-        figures = {name: inline(figure) for name, figure in own_figures(run).items()}
+    figures = {path.stem: inline(path.with_suffix(".svg").read_text()) for path in draw_run(folder)}
     sections = [section("Learning curves", figures["curves"], CAPTIONS["curves"]), outcome(run)]
     if max(len(line["population"]) for line in run.log) > 1:
         sections.append(section(
@@ -129,14 +128,12 @@ def duration(seconds):
         (100, 1, 0, "seconds"), (6_000, 60, 0, "minutes"), (float("inf"), 3600, 1, "hours")) if seconds < limit)
 
 
-def inline(figure):
-    """A drawing as an <svg> element, its text never below 9 pixels. The names of its groups are left out: a page may
-    hold each name once."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])
-    return text.replace("<svg", f"<svg style='min-width: {72 * figure.get_figwidth():.0f}px'", 1)
+def inline(drawing):
+    """An SVG file as an element of a page, its text never below 9 pixels. The names of its groups are left out: a page
+    may hold each name once."""
+    text = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg"):])
+    width = re.search(r'width="([\d.]+)pt"', text)[1]
+    return text.replace("<svg", f"<svg style='min-width: {width}px'", 1)
 
 
 def lineage(run):

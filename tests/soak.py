@@ -30,11 +30,12 @@ import torch
 from torch import nn
 
 import epbt
+import report
 from records import checkpoints, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["epbt", "sklearn.datasets"])
+SERVER.set_forkserver_preload(["epbt", "report", "sklearn.datasets"])
 TIMEOUT = 180  # seconds, after which a run counts as hanging
 
 TINY = ("--dataset digits --model tests.soak:network --population 4 --generations 4 --epochs 1 --limit 200 "
@@ -83,7 +84,7 @@ def _main(arguments, output, before):
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    epbt.draw = lambda folder: None  # the pictures take longer than such a run, and no resumed run reads them
+    report.report = lambda folder: None  # the pictures take longer than such a run, and no resumed run reads them
     if before is not None:
         before()
     epbt.main(arguments)
