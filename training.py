@@ -6,7 +6,7 @@ is captured once as a CUDA graph, and then replayed.
 """
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -149,6 +149,7 @@ class Trainer:
         self.stream = self.pool = self.random_state = None
         if self.device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+            self.generator = torch.Generator(self.device)
             torch.cuda.synchronize(self.device)  # what was made on the default stream is about to be used on another
 
     def _make_buffers(self, n):
@@ -176,9 +177,11 @@ class Trainer:
         To be advanced within `turn`."""
         individual = task.individual
         rng = random_stream("training", self.job.seed, individual.generation, individual.id)
-        torch.manual_seed(int(rng.integers(2**63)))  # for models with dropout, which draw from PyTorch's generators
+        seed = int(rng.integers(2**63))
         h = {**self.job.fixed, **individual.hyperparameters}
         step = self._training_step(h, task.teacher is not None)
+        # For models with dropout, which draw from PyTorch's generators; so does the warm-up before a capture.
+        torch.manual_seed(seed)
         self.scalars["alpha"].fill_(task.alpha)
         self._load(task)
         individual.loss = finite_or_none((yield from self._train(step, individual.generation, h, rng)))
@@ -189,14 +192,24 @@ class Trainer:
     @contextmanager
     def turn(self):
         """Within it, this slot's stream and its states of PyTorch's random generators are the current ones."""
-        cuda = [self.device] if self.stream else []
-        with torch.random.fork_rng(devices=cuda), torch.cuda.stream(self.stream):  # None: on the CPU
+        with torch.random.fork_rng(devices=[]), self._on_the_gpu() if self.stream else nullcontext():
             if self.random_state is not None:
-                torch.set_rng_state(self.random_state[0])
-                for device, state in zip(cuda, self.random_state[1:], strict=True):
-                    torch.cuda.set_rng_state(state, device)
+                torch.set_rng_state(self.random_state)
             yield
-            self.random_state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in cuda)]
+            self.random_state = torch.get_rng_state()
+
+    @contextmanager
+    def _on_the_gpu(self):
+        # A graph reads its random state on the device when it runs: with one state for all slots, one slot would
+        # overwrite what another's graph is about to read.
+        current = torch.cuda.default_generators[self.stream.device_index]
+        before = current.graphsafe_get_state()
+        current.graphsafe_set_state(self.generator)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            current.graphsafe_set_state(before)
 
     def rehearse(self, count):
         """So many training steps from wherever the weights are, for a measurement. A generator like

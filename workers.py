@@ -102,8 +102,8 @@ class Processes:
 
     def __init__(self, job, count):
         self.context = start_server()
+        _share(job.data)
         if job.device == "cpu":
-            _share(job.data)
             places = [("cpu", 1)] * count
         else:
             places = [(f"cuda:{i}", slots) for i, slots in enumerate(_shares(count, torch.cuda.device_count()))]

@@ -44,7 +44,7 @@ from models import make_model
 from records import RunFolder
 from taylorglo_ext import load, taylorglo_loss
 from training import EVALUATION_BATCH, Trainer, prepare
-from workers import Workers, make_pool, throughput
+from workers import REHEARSAL, Workers, make_pool, throughput
 
 CHILDREN = 4
 CORES = len(os.sched_getaffinity(0))
@@ -193,7 +193,7 @@ def records_of(contenders, data, rounds):
 
 def record(contender, times, images, **facts):
     seconds = spread(times)
-    return dict(contender=contender, **facts, **{f"{name}_s": round(value, 4) for name, value in seconds.items()},
+    return dict(contender=contender, **facts, **{f"{name}_s": float(f"{value:.4g}") for name, value in seconds.items()},
                 samples=len(times), images_per_s=round(images / seconds["median"], 1))
 
 
@@ -227,17 +227,24 @@ def on_gpu(rounds):
         label = "" if precision == "float32" else ", bfloat16"
         for slots, graphs in ((1, False), (4, False), (1, True), (2, True), (4, True), (8, True), (16, True)):
             trainers = [Trainer(replace(exact, no_graphs=not graphs)) for _ in range(slots)]
-            rates = [throughput(trainers) for _ in range(rounds)]
             name = ("slots with graphs" if graphs else "eager slots") + label
-            yield record(name, [1 / r for r in rates], 1, model=job.model, networks=slots, workers=slots)
+            yield record(name, rehearsals(trainers, rounds), REHEARSAL * slots * job.batch_size, model=job.model,
+                         networks=slots, workers=slots)
             del trainers
             torch.cuda.empty_cache()
         for networks in (4, 8, 16) if precision == "float32" else ():  # torch.func has no mixed BatchNorm
             times = stacked(exact, networks, rounds)
             yield record("stacked", times, networks * 128, model=job.model, networks=networks, workers=1)
         for batch in (512, 2048, 8192):
-            rates = [throughput([Trainer(replace(exact, no_graphs=True, batch_size=batch))]) for _ in range(rounds)]
-            yield record(f"limit: batch {batch}{label}", [1 / r for r in rates], 1, model=job.model, networks=1, workers=1)
+            trainer = Trainer(replace(exact, no_graphs=True, batch_size=batch))
+            yield record(f"limit: batch {batch}{label}", rehearsals([trainer], rounds), REHEARSAL * batch,
+                         model=job.model, networks=1, workers=1)
+
+
+def rehearsals(trainers, rounds):
+    """Seconds in which these slots together take so many training steps each."""
+    images = REHEARSAL * sum(trainer.batch for trainer in trainers)
+    return [images / throughput(trainers) for _ in range(rounds)]
 
 
 def load_augmented(images):
@@ -247,23 +254,31 @@ def load_augmented(images):
 
 
 def stacked(job, networks, rounds, batch=128):
-    """Seconds of a training step of so many networks as one, by torch.func: each on a batch of its own."""
+    """Seconds of a training step of so many networks as one, by torch.func: each on a batch of its own, distilled from
+    one teacher. Less work than a slot's step, as the images are not augmented."""
     device = torch.device(job.device)
-    models = [make_model(job.model, job.data.num_classes, job.data.channels, seed).to(device) for seed in range(networks)]
+    *models, teacher = (make_model(job.model, job.data.num_classes, job.data.channels, seed).to(device)
+                        for seed in range(networks + 1))
+    teacher.eval()
     parameters, buffers = torch.func.stack_module_state(models)
+    # Detached, or each step would be recorded for a backward outside of torch.func too, and its memory kept.
+    parameters = {name: p.detach() for name, p in parameters.items()}
     skeleton = copy.deepcopy(models[0]).to("meta")
     momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
     shape = (networks, batch, job.data.channels, job.data.height, job.data.width)
     images, labels = torch.randn(shape, device=device), torch.randint(job.data.num_classes, shape[:2], device=device)
 
-    def loss(parameters, buffers, images, labels):
-        return F.cross_entropy(torch.func.functional_call(skeleton, (parameters, buffers), (images,)), labels)
+    def loss(parameters, buffers, images, targets):
+        return F.cross_entropy(torch.func.functional_call(skeleton, (parameters, buffers), (images,)), targets)
 
     def step():
-        gradients = torch.func.vmap(torch.func.grad(loss))(parameters, buffers, images, labels)
+        with torch.no_grad():
+            lesson = teacher(images.flatten(0, 1)).softmax(1).unflatten(0, shape[:2])
+        targets = 0.4 * lesson + 0.6 * F.one_hot(labels, job.data.num_classes)  # Eq. 3
+        gradients = torch.func.vmap(torch.func.grad(loss))(parameters, buffers, images, targets)
         for name, p in parameters.items():
             momentum[name].mul_(0.9).add_(gradients[name])
-            p.data.add_(momentum[name], alpha=-0.1)
+            p.add_(momentum[name], alpha=-0.1)
 
     times = []
     for _ in range(rounds + 2):
@@ -308,13 +323,12 @@ def main():
     print(f"{'contender':24}{'model':>10}{'networks':>10}{'workers':>9}{'median s':>10}{'p10':>9}{'p90':>9}"
           f"{'images/s':>11}")
     contenders = against_tune if options.tune else {"cpu": on_cpu, "cuda": on_gpu}[options.device]
-    records = []
+    records, path = [], RESULTS / ("tune-cpu.csv" if options.tune else f"throughput-{options.device}.csv")
     for row in contenders(options.rounds):
         records.append(machine | row)
         print(f"{row['contender']:24}{row['model']:>10}{row['networks']:>10}{row['workers']:>9}{row['median_s']:>10.3f}"
               f"{row['p10_s']:>9.3f}{row['p90_s']:>9.3f}{row['images_per_s']:>11,.0f}", flush=True)
-    path = RESULTS / ("tune-cpu.csv" if options.tune else f"throughput-{options.device}.csv")
-    write_csv(path, FIELDS, records)
+        write_csv(path, FIELDS, records)
     plot(records, path.with_suffix(".png"))
 
 

@@ -10,7 +10,7 @@ import torch
 from epbt import METHODS, main
 
 TINY = ("--population 4 --generations 3 --epochs 1 --limit 300 --validation 60 --enlarge 1 --workers 1 --threads 1 "
-        "--loss-backend reference")
+        "--loss-backend reference --device cpu")
 
 
 def pytest_collection_modifyitems(items):

@@ -39,9 +39,9 @@ SERVER.set_forkserver_preload(["epbt", "report", "sklearn.datasets"])
 TIMEOUT = 180  # seconds, after which a run counts as hanging
 
 TINY = ("--dataset digits --model tests.soak:network --population 4 --generations 4 --epochs 1 --limit 200 "
-        "--validation 40 --learning-rate 0.02 --loss-backend reference --workers 1").split()
+        "--validation 40 --learning-rate 0.02 --loss-backend reference --workers 1 --device cpu").split()
 RESNET = ("--dataset digits --model resnet8 --population 6 --generations 4 --epochs 1 --limit 400 "
-          "--validation 40 --loss-backend reference --workers 2").split()
+          "--validation 40 --loss-backend reference --workers 2 --device cpu").split()
 OPERATIONS = 90  # about as many calls of fsync, replace, unlink and mkdir as a run of TINY makes
 
 

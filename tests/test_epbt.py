@@ -433,7 +433,7 @@ def test_a_search_space_that_training_cannot_apply_is_refused(space, message):
 
 
 def test_baseline_1_is_one_network_and_uses_every_core():
-    c = Config(method="baseline", dataset="cifar10").resolved()
+    c = Config(method="baseline", dataset="cifar10", device="cpu").resolved()
     assert (c.population, c.workers, c.search_space()) == (1, 1, ())
     data = SimpleNamespace(augmentation=Augmentation(cutout=16))
     assert c.fixed(data) == dict(lr_scale=1, lr_decay=5, momentum=0.9, weight_decay=0, cutout=16)

@@ -7,7 +7,8 @@ import pytest
 import epbt
 from replay import ancestry, read_schedule
 
-TINY = ["--dataset", "digits", "--limit", "200", "--validation", "40", "--workers", "1", "--loss-backend", "reference"]
+TINY = ["--dataset", "digits", "--limit", "200", "--validation", "40", "--workers", "1", "--loss-backend", "reference",
+        "--device", "cpu"]
 
 
 def member(id, parent, fitness, diverged=False):

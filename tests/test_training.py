@@ -40,7 +40,7 @@ class Small(nn.Module):
         self.fc = nn.Linear(8 * 16, num_classes)
 
     def features(self, x):
-        return F.adaptive_avg_pool2d(F.relu(self.bn(self.conv(x))), 4).flatten(1)
+        return F.avg_pool2d(F.relu(self.bn(self.conv(x))), 2).flatten(1)
 
     def forward(self, x):
         return self.fc(self.features(x))
@@ -501,9 +501,9 @@ def kinds_of_tasks(folder):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("model", ["Whimsical", "resnet8"])
-def test_a_captured_graph_computes_what_the_eager_step_computes(model, on_gpu, tmp_path):
-    captured = Trainer(on_gpu(model=model))
+@pytest.mark.parametrize("model, loss", [("Whimsical", "reference"), ("resnet8", "reference"), ("resnet8", "fused")])
+def test_a_captured_graph_computes_what_the_eager_step_computes(model, loss, on_gpu, tmp_path):
+    captured = Trainer(on_gpu(model=model, loss_backend=loss))
     eager = Trainer(replace(captured.job, no_graphs=True))
     for t in kinds_of_tasks(tmp_path):
         expected = outcome(eager, t)
