@@ -251,11 +251,12 @@ def parse(description, arguments):
 
     description: what --help begins with."""
     given = options.parse(Config, description, ENDING, arguments)
-    config = Config(**given).resolved()
-    if config.resume:
-        stored = read_config(config.out)
-        stored = {f.name: stored[f.name] for f in fields(Config) if f.name in stored}
-        same = {name: getattr(config, name) for name, value in given.items() if name in stored and value != "auto"}
-        refuse_differences({name: stored[name] for name in same}, same, config.out)
-        config = Config(**{**given, **stored}).resolved()
-    return config
+    if not given.get("resume"):
+        return Config(**given).resolved()
+    out = given.get("out") or Config(**given).resolved().out
+    stored = read_config(out)
+    stored = {f.name: stored[f.name] for f in fields(Config) if f.name in stored}
+    config = Config(**{**stored, **given}).resolved()
+    same = {name: getattr(config, name) for name, value in given.items() if name in stored and value != "auto"}
+    refuse_differences({name: stored[name] for name in same}, same, out)
+    return Config(**{**given, **stored}).resolved()

@@ -44,7 +44,9 @@ def mistake(f, kind, value):
     if kind is bool or kind is str:
         return None if isinstance(value, kind) else f"{flag(f)} must be a {kind.__name__}, not {value!r}"
     bounds = [(f.metadata[key], text, holds) for key, text, holds in BOUNDS if key in f.metadata]
-    for x in value if kind is tuple and isinstance(value, tuple | list) else [value]:
+    if kind is tuple and not isinstance(value, tuple | list):
+        return f"{flag(f)} must be a tuple or list of numbers, not {value!r}"
+    for x in value if kind is tuple else [value]:
         number = isinstance(x, int if kind is int else int | float) and not isinstance(x, bool) and math.isfinite(x)
         if not number or not all(holds(x, bound) for bound, _, holds in bounds):
             word = "a whole number" if kind is int else "a number"

@@ -20,7 +20,6 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -31,7 +30,7 @@ import numpy as np
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 FOR_PEOPLE = ("config.json", "log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json", "report.html",
-              "*.png", "*.svg", "tensorboard/*")
+              "tensorboard/*", *(f"{name}.{kind}" for name in ("curves", "losses", "schedule") for kind in ("png", "svg")))
 
 
 class RunError(Exception):
@@ -144,7 +143,7 @@ def _array(text):
 
 
 def save_individual(path, individual, state):
-    """Write an evaluated individual with its state: float32 (D,), see training.Network."""
+    """Write an evaluated individual with its state: uint8 (bytes,), see training.Network."""
     record = _array(json.dumps(individual.record()))
     write_checked(path, record=record, correct=np.packbits(individual.correct),
                   validation=len(individual.correct), state=state)
@@ -189,13 +188,15 @@ class RunFolder:
         self.config, self.log, self.timing = json.dumps(config, indent=2) + "\n", "", ""
         with one_line(f"write to {self.path}"):
             self._lock()
-            if overwrite or not (resume or checkpoints(self.path)):
+            if overwrite or not (resume or begun(self.path)):
                 self._clear()
             elif not resume:
                 raise RunError(f"{self.path} already holds a run: continue it with --resume, or start it over with "
                                "--overwrite")
             else:
                 refuse_differences(read_config(self.path), json.loads(self.config), self.path)
+                if not checkpoints(self.path) and not any(self.individuals.iterdir()):
+                    raise RunError(f"{self.path} holds the log of a run without its weights: it cannot be resumed")
         if not checkpoints(self.path):  # this one is kept twice, as there is none before it
             self._write_checkpoint(self.path / "checkpoint-00000.mirror.ckpt")
             self._write_checkpoint(self._checkpoint_path(0))
@@ -222,12 +223,13 @@ class RunFolder:
         self.lock.close()  # for the next run of this process
 
     def _clear(self):
-        """Forget a run. The config goes first: while it is there, individuals/ is of that config, even if damage
-        leaves no checkpoint."""
-        for old in [*(path for name in FOR_PEOPLE for path in self.path.glob(name)), *checkpoints(self.path)]:
+        """Forget a run, and nothing that is not of it. The config goes first: while it is there, individuals/ is of that
+        config, even if damage leaves no checkpoint."""
+        files = [path for name in FOR_PEOPLE for path in self.path.glob(name)] if begun(self.path) else []
+        for old in [*files, *checkpoints(self.path)]:
             delete(old)
-        shutil.rmtree(self.individuals)
-        self.individuals.mkdir()
+        for old in self.individuals.glob("*.ckpt"):
+            delete(old)
 
     def individual_path(self, id):
         return self.individuals / f"{id:06d}.ckpt"
@@ -345,6 +347,11 @@ class RunFolder:
             print(f"{error}; mended from its second copy", file=sys.stderr)
             write_atomic(path, intact_bytes(mirror))
             return individual
+
+
+def begun(path):
+    """Whether a folder holds a run, if only its log, as published results do."""
+    return bool(checkpoints(path)) or (Path(path) / "config.json").exists()
 
 
 def checkpoints(path):

@@ -327,6 +327,18 @@ def test_a_folder_that_holds_a_run_is_not_written_over(run_epbt, capsys, folder)
     assert (folder / "log.jsonl").read_bytes() == before
 
 
+def test_a_resumed_run_is_judged_by_its_own_settings_not_by_the_defaults(run_epbt):
+    folder = run_epbt("--population", "16", "--elites", "14", "--generations", "1", "--model", "tests.soak:network")
+    log = (folder / "log.jsonl").read_bytes()
+    main(["--resume", "--elites", "14", "--out", str(folder), "--device", "cpu"])  # of the digits' 12 it would be too many
+    assert (folder / "log.jsonl").read_bytes() == log
+
+
+def test_a_number_in_place_of_a_tuple_is_told():
+    with pytest.raises(ConfigError, match="--milestones must be a tuple or list of numbers, not 0.5"):
+        Config(milestones=0.5).resolved()
+
+
 def test_several_mistakes_are_told_at_once(capsys):
     with pytest.raises(SystemExit) as error:
         main(["--reset", "2", "--tournament", "0"])

@@ -336,6 +336,29 @@ def test_a_folder_that_holds_a_run_is_refused_without_a_word_for_it(expected, tm
     assert play(tmp_path, resume=True) == expected
 
 
+def test_what_is_not_of_a_run_is_left_alone(tmp_path):
+    foreign = [tmp_path / name for name in ("holiday.png", "log.jsonl.old", "individuals/notes.txt", "summary.json")]
+    (tmp_path / "individuals").mkdir()
+    for path in foreign:
+        path.write_text("precious")
+    play(tmp_path)
+    assert all(path.read_text() == "precious" for path in foreign)
+    RunFolder(tmp_path, CONFIG, overwrite=True)
+    assert all(path.read_text() == "precious" for path in foreign[:3]) and not foreign[3].exists()  # a run's name
+
+
+def test_a_published_log_is_neither_written_over_nor_begun_again(tmp_path):
+    play(tmp_path)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    for path in [*tmp_path.glob("*.ckpt"), *tmp_path.glob("individuals/*")]:
+        path.unlink()
+    with pytest.raises(RunError, match="already holds a run"):
+        RunFolder(tmp_path, CONFIG)
+    with pytest.raises(RunError, match="without its weights"):
+        RunFolder(tmp_path, CONFIG, resume=True)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
 def test_every_difference_of_config_is_named(tmp_path):
     play(tmp_path)
     with pytest.raises(RunError) as error:
