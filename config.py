@@ -4,7 +4,9 @@ What is not given is filled in by the protocol of the data set and by the preset
 that the paper leaves it open.
 """
 
+import hashlib
 import importlib.util
+import json
 import os
 import textwrap
 from dataclasses import dataclass, fields, replace
@@ -54,7 +56,8 @@ class Config:
                          choices=("epbt", "pbt", "baseline", "random", "replay"))
     replay: str | None = option("run", None, "train one network under the schedule of a finished run's winner: its "
                                 "folder or schedule.json; stretched to --generations epochs", otherwise="off")
-    dataset: str = option("run", "digits", "digits, fashion, cifar10, svhn, or a folder with a subfolder a class")
+    dataset: str | None = option("run", None, "digits, fashion, cifar10, svhn, or a folder with a subfolder a class",
+                                 otherwise="digits; for --replay that of the schedule")
     model: str | None = option("run", None, "resnet8/20/32/56, wrn-10-12/16-8/22-6/28-5, torchvision:NAME, or "
                                "package.module:factory, Sec. 4.1", otherwise=BY_DATA)
     preset: str = option("run", "paper", "paper, or best: EPBT with what earned its place in measurements, PRESETS",
@@ -73,7 +76,7 @@ class Config:
     crossover: float = option("evolution", 0.5, "probability that a variable comes from the mate, Sec. 3.2; 0: off",
                               low=0, high=1)
     theta_range: float | None = option("evolution", None, "initial thetas are uniform between minus this and this, Sec. "
-                                       "4.1", above=0, otherwise=10)
+                                       "4.1", above=0, high=1e6, otherwise="10, with --preset best 1")
     high_rates: bool | None = option("evolution", None, "leave low learning rates and momenta out of the search space; "
                                      "not in the paper", otherwise=BY_PRESET)
     evolve_cutout: bool | None = option("evolution", None, "evolve the cutout too, up to that of the data set; not in the "
@@ -88,7 +91,7 @@ class Config:
     loss: str = option("loss", "taylorglo", "taylorglo (evolved, Eq. 2) or cross-entropy (the ablation)",
                        choices=("taylorglo", "cross-entropy"))
     distillation: float | None = option("loss", None, "alpha in the last generation, rising from 0, Eq. 3; 0: off; 0.8 "
-                                        "is that of the paper's [23]", low=0, high=1, otherwise=0.8)
+                                        "is that of the paper's [23]", low=0, high=1, otherwise="0.8, with --preset best 0")
     normalize_loss: bool = option("loss", False, "scale each loss so that its first step is as large as that of "
                                   "cross-entropy; not in the paper")
     add_cross_entropy: bool | None = option("loss", None, "add cross-entropy to Eq. 2, so that it regularizes; not in "
@@ -99,7 +102,8 @@ class Config:
     batch_size: int | None = option("training", None, "images a step, Sec. 4.1", low=1, otherwise=BY_DATA)
     learning_rate: float = option("training", 0.1, "before scale and decay, Sec. 4.1", above=0)
     milestones: tuple[float, ...] | None = option("training", None, "fractions of the run at which the learning rate "
-                                                  "decays, Sec. 4.1", low=0, high=1, otherwise=BY_DATA)
+                                                  "decays, Sec. 4.1", low=0, high=1,
+                                               otherwise=f"{BY_DATA}; none with --preset best")
     lr_decay: float | None = option("training", None, "what divides it there, where that is not evolved, Sec. 4.1",
                                     above=0, otherwise=BY_DATA)
     momentum: float = option("training", 0.9, "where it is not evolved, Sec. 4.1", low=0, high=1)
@@ -126,7 +130,7 @@ class Config:
                              runtime=True)
     deterministic: bool = option("machine", False, "on a GPU, the same bits in every run; always so on a CPU")
     threads: int | None = option("machine", None, "CPU threads a worker; default 1, for a single network all cores",
-                                 low=1)
+                                 low=1, high=1024)
     plan: bool = option("folder", False, "print what the run would cost, and stop", runtime=True)
     out: str | None = option("folder", None, "the run's folder", runtime=True, otherwise="runs/METHOD-DATASET-SEED")
     resume: bool = option("folder", False, "go on with the run in the folder", runtime=True)
@@ -138,9 +142,14 @@ class Config:
         """The same with every default filled in. Raises ConfigError, which lists all that is wrong."""
         if lines := options.mistakes(self):
             raise ConfigError("\n".join(lines))
-        c, protocol = replace(self), PROTOCOLS.get(self.dataset, CIFAR10)
-        if c.replay is not None:
-            recorded = read_schedule(c.replay)
+        c, recorded = replace(self), {} if self.replay is None else read_schedule(self.replay)
+        c.dataset = c.dataset or recorded.get("dataset", "digits")
+        protocol = PROTOCOLS.get(c.dataset, CIFAR10)
+        if recorded:
+            if c.method not in ("epbt", "replay"):
+                raise ConfigError(f"--replay trains one network, without --method {c.method}")
+            if (self.dataset, c.dataset) == (None, "custom"):
+                raise ConfigError(f"{c.replay} is of data that were given to evolve(): say with --dataset what to train on")
             c.method, c.add_cross_entropy = "replay", recorded.get("add_cross_entropy", False)
             if c.average_weights is None:
                 c.average_weights = recorded.get("average_weights", False)
@@ -149,7 +158,7 @@ class Config:
         for name, value in {**protocol, **PRESETS[c.preset]}.items():
             if getattr(c, name) is None:
                 setattr(c, name, value)
-        if c.method in ("baseline", "replay"):
+        if c.stands_alone():
             c.population = 1
         cores = len(os.sched_getaffinity(0))
         c.elites = c.elites or max(1, c.population // ELITES[c.preset])
@@ -189,9 +198,17 @@ class Config:
             lines.append("--resume and --overwrite exclude each other")
         return lines
 
+    def stands_alone(self):
+        """Whether one network stands alone, and trains on the validation images as well (Sec. 4.1, Baseline 1)."""
+        return self.method in ("baseline", "replay")
+
     def identity(self):
         """What a resumed run must share: all but the fields that cannot change the result."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("runtime")}
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("runtime")}
+        if self.replay is not None:
+            schedule = json.dumps(read_schedule(self.replay)).encode()
+            shared["schedule"] = hashlib.sha256(schedule).hexdigest()[:16]
+        return shared
 
     def slots(self):
         """How many individuals are to be evaluated at once; None: as many as pay."""

@@ -22,8 +22,10 @@ from models import nearest
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
-SPLITS = {"train", "val", "valid", "validation", "test"}  # subfolders that are not classes, if they are all there is
+# Subfolders that are not classes, if they are all there is.
+SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}
 HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every run
+NO_DATASETS = (tuple, list, dict, str, torch.Tensor, np.ndarray)  # though they have a length and items
 
 
 class DataError(Exception):
@@ -92,13 +94,6 @@ class Data:
             sha.update(part.images.permute(0, 2, 3, 1).contiguous().numpy())
             sha.update(part.labels.numpy())
         return sha.hexdigest()[:16]
-
-    def share_memory(self):
-        """Move every tensor, in place, to memory that worker processes share; returns self."""
-        sets = (self.train, self.validation, self.test)
-        for tensor in (self.mean, self.std, *(s.images for s in sets), *(s.labels for s in sets)):
-            tensor.share_memory_()
-        return self
 
 
 # Readers. Each returns ((images, labels), (test images, test labels), class names).
@@ -222,7 +217,7 @@ def read_folder(folder, size):
         parts = {entry.name for entry in folder.iterdir() if entry.is_dir()}
     except OSError as error:
         raise DataError(f"cannot read the folder {folder} ({error.strerror})") from error
-    if parts and parts <= SPLITS and parts != {"train", "test"}:
+    if parts and {part.lower() for part in parts} <= SPLITS and parts != {"train", "test"}:
         raise DataError(f"{folder} has the subfolders {', '.join(sorted(parts))}; accepted are FOLDER/<class>/<image>, or "
                         "FOLDER/train and FOLDER/test, each of that kind; validation images are taken from train")
     if parts != {"train", "test"}:
@@ -252,6 +247,8 @@ def read_image_folder(folder, size):
         except Exception as error:  # Pillow's decoders raise errors of many kinds
             raise DataError(f"cannot read the image {path} ({one_line(error)})") from error
 
+    if len(listing.classes) < 2:
+        raise DataError(f"{folder} has only one class, {listing.classes[0]!r}; accepted is a subfolder for each of several")
     paths = [path for path, _ in listing.samples]
     images = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:
@@ -356,6 +353,8 @@ def check(train, test, num_classes, validation, limit, enlarge):
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"the training images are {tuple(train.images.shape[1:])}, the test images "
                         f"{tuple(test.images.shape[1:])} (channels, height, width); they must agree")
+    if len(train) < 2:
+        raise DataError(f"there must be at least two training images, not {len(train)}")
     if num_classes < 2:
         raise DataError(f"there must be at least two classes, not {num_classes}")
     for part, labels in (("training", train.labels), ("test", test.labels)):
@@ -404,14 +403,20 @@ def enlarged(image_set, copies, augmentation, mean, std, rng):
 
 def read_images(source, part):
     """The ImageSet of a source as `make_data` accepts it; `part` names it in errors."""
-    if isinstance(source, tuple | list):
+    if isinstance(source, tuple | list) and len(source) == 2:
         images, labels = (torch.as_tensor(array).cpu() for array in source)
         images = to_uint8(images, part)
-    else:
+    elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, NO_DATASETS):
         images, labels = read_dataset(source, part)
+    else:
+        raise DataError(f"the {part} data are {type(source).__name__}; accepted are a pair (images, labels), and a "
+                        "map-style Dataset of (image, label)")
     if images.ndim != 4 or labels.shape != images.shape[:1] or 0 in images.shape:
         raise DataError(f"the {part} images have the shape {tuple(images.shape)}, their labels "
                         f"{tuple(labels.shape)}; accepted are (N, channels, height, width) and (N,)")
+    if images.shape[3] in (1, 3) and images.shape[1] == images.shape[2] > 3:
+        raise DataError(f"the {part} images have the shape {tuple(images.shape)}: channels last; accepted are (N, "
+                        "channels, height, width), which images.permute(0, 3, 1, 2) gives")
     if labels.is_floating_point():
         raise DataError(f"the {part} labels are {labels.dtype}; they must be whole numbers")
     return ImageSet(images, labels.long())

@@ -27,7 +27,6 @@ from evolution import (
     as_array,
     as_dicts,
     crossover,
-    fittest,
     initialize,
     mutate,
     pulse,
@@ -35,13 +34,14 @@ from evolution import (
     select_elites,
     tournament,
 )
-from models import factory_name, nearest
+from models import factory_name, mismatch, nearest
 from options import ConfigError
 from records import (
     Individual,
     RunError,
     RunFolder,
     checkpoints,
+    fittest,
     load_individual,
     one_line,
     write_atomic,
@@ -77,7 +77,7 @@ def epbt(config, space, classes, workers, run):
             h, mates = crossover(h, config.crossover, rng)
             # Step 2b: the children. Each inherits its parent's weights, BatchNorm statistics and momentum.
             alpha = config.distillation * g / (config.generations - 1)
-            teacher = alive[fittest(fitness, 1)[0]] if alpha else None
+            teacher = fittest(alive) if alpha else None
             N = newborn(M, g, as_dicts(space, h), parents, mates, teacher)
             # Step 3b: preserve the top k of M_g as they are, or with Novelty Selection the most novel of the top m.
             novel = pulse(g, config.pulsation_period, config.novelty)
@@ -128,14 +128,16 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
     report: called with each line for people, in place of print. Raises ConfigError, DataError, RunError and
     taylorglo_ext.BackendError, whose messages are clear lines."""
     if make_model is not None:
-        config = replace(config, model=factory_name(make_model))
-    if train is not None:
+        config = replace(config, model=named(make_model))
+    if train is not None or test is not None:
         config = replace(config, dataset="custom")
     config = config.resolved()
     space = checked_space(config.search_space() if space is None else space)
     if config.slots() != 1 and config.backend == "processes":
         start_server()  # it has imported PyTorch by the time the data is read
     data = read_data(config, train, test)
+    if error := mismatch(config.model, data.num_classes, (data.channels, data.height, data.width)):
+        raise ConfigError(f"--model: {error}")
     config = replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device))
     job = make_job(config, data)
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
@@ -148,9 +150,17 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
             with bar.external_write_mode():
                 line = progress_line(config, g, population, folder.evaluated())
                 report(line) if report else print(line, flush=True)
-            if best is not (best := fittest_of(population)):
+            if best is not (best := fittest(population)):
                 write_best(folder, job, best)
         return finish(config, folder, job)
+
+
+def named(make_model):
+    """The name of a factory; raises ConfigError."""
+    try:
+        return factory_name(make_model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def make_job(config, data):
@@ -175,17 +185,12 @@ def checked_space(space):
 
 def read_data(config, train, test):
     """The data of a run; networks that stand alone train on the validation images as well (Sec. 4.1, Baseline 1)."""
-    shared = dict(seed=config.seed, validation=config.validation, train_on_all=config.method in ("baseline", "replay"),
+    shared = dict(seed=config.seed, validation=config.validation, train_on_all=config.stands_alone(),
                   limit=config.limit)
-    if train is not None:
+    if train is not None or test is not None:
         return make_data(train, test, enlarge=config.enlarge or 1, **shared)
     return load_data(config.dataset, config.data_root, enlarge=config.enlarge, image_size=config.image_size,
                      download=config.download, **shared)
-
-
-def fittest_of(population):
-    """The fittest individual, never a diverged one while another lives."""
-    return max(population, key=lambda m: (not m.diverged, m.fitness, -m.id))
 
 
 def write_best(folder, job, best):
@@ -198,15 +203,15 @@ def write_best(folder, job, best):
 
 
 def progress_line(config, g, population, evaluated):
-    best, diverged = fittest_of(population), sum(m.diverged for m in population)
+    best, diverged = fittest(population), sum(m.diverged for m in population)
     return (f"generation {g + 1:3}/{config.generations}   best fitness {best.fitness:.4f}   its test accuracy "
             f"{best.test_accuracy:.4f}   median fitness {median(m.fitness for m in population):.4f}   "
-            f"{'losses' if config.method == 'epbt' else 'networks'} tried {evaluated:4}   diverged {diverged}")
+            f"{'losses' if 'theta0' in best.hyperparameters else 'networks'} tried {evaluated:4}   diverged {diverged}")
 
 
 def finish(config, folder, job):
     """Write what is written at the end of a run, and return its Outcome."""
-    best, data = fittest_of(folder.population), job.data
+    best, data = fittest(folder.population), job.data
     plan = schedule(config, job, folder.read_log())
     summary = dict(method=config.method, dataset=config.dataset, model=config.model, seed=config.seed,
                    fitness=best.fitness, test_accuracy=best.test_accuracy, best=best.record(),
@@ -230,6 +235,20 @@ def formula(h):
     return "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"
 
 
+def print_outcome(config, summary):
+    best, h = summary["best"], summary["best"]["hyperparameters"]
+    on = " (on images it was trained on)" if config.stands_alone() else ""
+    print(f"\nbest individual {best['id']}: fitness {best['fitness']:.4f}{on}, test accuracy {best['test_accuracy']:.4f}")
+    if best["diverged"]:
+        print("every network diverged: its weights are not finite; a lower --learning-rate may help")
+    if h:
+        print("hyperparameters: " + ", ".join(f"{name} {value:.4g}" for name, value in h.items()))
+    if "theta0" in h:
+        print(formula(h))
+    print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained")
+    print(f"weights, log, schedule, figures and report.html are in {config.out}")
+
+
 def main(arguments=None):
     """The command line. Exit code 2 and one line a mistake for what the user can mend."""
     out = None
@@ -250,13 +269,7 @@ def main(arguments=None):
         how = f"; go on with: python epbt.py --resume --out {shlex.quote(out)}" if begun else " before the run began"
         print(f"\ninterrupted{how}", file=sys.stderr)
         sys.exit(130)
-    best = summary["best"]
-    print(f"\nbest individual {best['id']}: fitness {best['fitness']:.4f}, test accuracy {best['test_accuracy']:.4f}")
-    print("hyperparameters: " + ", ".join(f"{name} {value:.4g}" for name, value in best["hyperparameters"].items()))
-    if "theta0" in best["hyperparameters"]:
-        print(formula(best["hyperparameters"]))
-    print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained")
-    print(f"weights, log, schedule, figures and report.html are in {out}")
+    print_outcome(config, summary)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from scipy.special import stdtr
 
 from config import CIFAR10, ELITES, PRESETS, PROTOCOLS, Config
 from evolution import SEARCH_SPACE
-from records import RunError, read_config, read_log
-from replay import ancestry, fittest
+from records import RunError, fittest, read_config, read_log
+from replay import ancestry
 from training import learning_rate
 
 METHODS = {"baseline": "Baseline 1", "pbt": "Baseline 2 (PBT)", "random": "Independent networks", "epbt": "EPBT",
@@ -73,6 +73,8 @@ class Run:
 
     def __post_init__(self):
         self.method = METHODS[self.config.method]
+        preset = getattr(self.config, "preset", "paper")
+        self.label = self.method + ("" if preset == "paper" else f" (preset {preset})")
         self.best = [fittest(line["population"]) for line in self.log]  # of each generation, by fitness alone
         self.epochs = [(line["generation"] + 1) * self.config.epochs for line in self.log]
         self.finished = len(self.log) >= self.config.generations
@@ -84,7 +86,7 @@ class Run:
         self.ancestry = ancestry(self.log) if self.log else []
 
     def __str__(self):
-        return f"{self.method}, {', '.join(self.problem)}, seed {self.config.seed}"
+        return f"{self.label}, {', '.join(self.problem)}, seed {self.config.seed}"
 
 
 @dataclass
@@ -167,9 +169,19 @@ def schedule(run):
     return values
 
 
+def baseline_rates(run):
+    """The learning rate of Baseline 1 by epoch, with the data set's milestones where a preset has others."""
+    protocol = PROTOCOLS.get(run.config.dataset, CIFAR10)
+    given = getattr(run.config, "preset", "paper") == "paper"
+    job = SimpleNamespace(**{**vars(run.config), "milestones": run.config.milestones if given else protocol["milestones"]})
+    h = {"lr_scale": 1.0, "lr_decay": run.config.lr_decay}
+    return [learning_rate(h, epoch, job) for epoch in range(run.total_epochs)]
+
+
 # Grouping ------------------------------------------------------------------------------------------------------------
 
 SEARCH = "loss", "theta_range", "high_rates", "evolve_cutout", "image_size"  # what the search space depends on
+OF_THE_SCHEDULE = "add_cross_entropy", "average_weights"  # a replay has these from what it replays
 NO_VARIANT = {"method", "dataset", "model", "seed", "replay", "device", "threads", "loss_backend"}
 
 
@@ -194,8 +206,14 @@ def make_rows(runs):
 
 
 def settings_apart(run, runs):
-    """The settings of a run that are neither the default nor shared by all runs."""
-    return {key: value for key, value in unusual(run.config).items() if not shared(key, value, runs)}
+    """The settings of a run that are neither the default nor shared by all runs; of a replay, also what sets it apart from
+    other replays."""
+    apart = {key: value for key, value in unusual(run.config).items() if not shared(key, value, runs)}
+    if run.config.method == "replay":
+        own = {key: getattr(run.config, key, False) for key in OF_THE_SCHEDULE}
+        replays = [other for other in runs if other.config.method == "replay"]
+        apart |= {key: value for key, value in own.items() if not shared(key, value, replays)}
+    return apart
 
 
 def settings_shared(runs):
@@ -220,7 +238,7 @@ def unusual(config):
     if config.method in SINGLE:
         usual |= {"population": 1}
     if config.method == "replay":
-        own = "generations", "epochs", "add_cross_entropy", "average_weights"
+        own = "generations", "epochs", *OF_THE_SCHEDULE
         usual |= {key: getattr(config, key) for key in own if hasattr(config, key)}
     choices = {key: getattr(config, key, usual[key]) for key in SEARCH}
     standard = Config(method=config.method, dataset=config.dataset, **choices).search_space()
@@ -411,12 +429,12 @@ def figure_accuracy(problems):
 
 
 def zoom(curves):
-    """A range that shows the later part of all curves but those that end far below the others."""
+    """A range that shows the later part of all curves but those that end far below the others, and what is above it."""
     ends = [mean[-1] for _, mean, _ in curves]
     far_below = max(ends) - 3 * (max(ends) - median(ends))
-    late = [(mean[i] - error[i], mean[i] + error[i]) for _, mean, error in curves if mean[-1] >= far_below
-            for i in range(int(0.6 * len(mean)), len(mean))]
-    low, high = min(x for x, _ in late), max(x for _, x in late)
+    shown = [(mean, error, int(0.6 * len(mean))) for _, mean, error in curves if mean[-1] >= far_below]
+    low = min((mean - error)[late:].min() for mean, error, late in shown)
+    high = max((mean + error).max() for mean, error, _ in shown)
     margin = 0.05 * (high - low) or 0.5
     return low - margin, high + margin
 
@@ -442,10 +460,10 @@ def figure_losses(runs, title):
     axes[len(runs)].set_title("cross-entropy")
     for ax in axes[len(runs) + 1 :]:
         ax.remove()
-    figure.suptitle(title, fontsize=9)
+    added = "\nEq. 2 alone; cross-entropy is added to it" if getattr(runs[0].config, "add_cross_entropy", False) else ""
+    figure.suptitle(title + added, fontsize=9)
     figure.supxlabel("y, predicted probability of the true class", fontsize=9)
-    added = " (Eq. 2 alone; cross-entropy is added)" if getattr(runs[0].config, "add_cross_entropy", False) else ""
-    figure.supylabel(f"loss above that at y = 1{added}", fontsize=9)
+    figure.supylabel("loss above that at y = 1", fontsize=9)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes[: len(runs) + 1], label="epochs of training")
     return figure
 
@@ -466,8 +484,7 @@ def figure_schedule(runs, title):
 
     for (linear, logarithmic, *more), run in zip(axes.T, runs, strict=True):
         values = schedule(run)
-        fixed = [learning_rate(run.fixed | {"lr_decay": run.config.lr_decay}, epoch, run.config)
-                 for epoch in range(run.total_epochs)]
+        fixed = baseline_rates(run)
         for ax in (linear, logarithmic):
             for name, colour in FIGURE_6.items():
                 if name in values:
@@ -508,7 +525,7 @@ def figure_curves(run):
 
 def own_figures(run):
     """{name: Figure} of one run: learning curves, and Figures 5 and 6."""
-    return {"curves": figure_curves(run), **evolved_figures([run], f"{run.method}, {', '.join(run.problem)}")}
+    return {"curves": figure_curves(run), **evolved_figures([run], f"{run.label}, {', '.join(run.problem)}")}
 
 
 def evolved_figures(runs, title):
@@ -580,6 +597,7 @@ def main(arguments=None):
             print(accounting_table([Row(run.method, run.config.method, [run])]))
         else:
             print(compare(options.runs, options.out or "figures"))
+            print(f"figures, tables.md and runs.csv are in {options.out or 'figures'}")
     except (RunError, OSError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
         sys.exit(2)

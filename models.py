@@ -151,6 +151,26 @@ def model_error(name: str) -> str | None:
     return None
 
 
+def mismatch(name, num_classes, shape):
+    """One line that says why a model does not classify images of `shape` (channels, height, width), or None: two of them
+    are sent through it and back."""
+    try:
+        model = make_model(name, num_classes, shape[0], seed=0)
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+            return f"model {name}: it has lazy layers, whose sizes must be given"
+        with torch.random.fork_rng(devices=[]):  # for dropout
+            logits = model(torch.zeros(2, *shape).to(memory_format=torch.channels_last))
+        shape_or_type = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if shape_or_type != (2, num_classes):
+            return (f"model {name}: for 2 images of {num_classes} classes it must return a tensor (2, {num_classes}), not "
+                    f"{shape_or_type}")
+        logits.sum().backward()
+    except Exception as error:  # whatever the user's model raises
+        return (f"model {name}: it cannot be trained on images of {' x '.join(map(str, shape))} (channels, height, width): "
+                f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return None
+
+
 def find_factory(name):
     """The callable behind a name, or ValueError with one clear line."""
     if name in MODELS:
@@ -192,7 +212,11 @@ def replace_stem(model, in_channels):
 
 
 def factory_name(factory):
-    """The name of a factory, as worker processes find it and tables show it."""
+    """The name of a factory, as worker processes find it and tables show it. Raises ValueError for what has none."""
+    if not (inspect.isfunction(factory) or inspect.isclass(factory)) or "<" in factory.__qualname__:
+        what = getattr(factory, "__qualname__", f"an object of the class {type(factory).__name__}")
+        raise ValueError("make_model must be a function or class at the top level of a module, called as "
+                         f"make_model(num_classes=..., in_channels=...), not {what}")
     module, main = factory.__module__, sys.modules["__main__"]
     if module == "__main__" and hasattr(main, "__file__"):  # of the script that is running, elsewhere a module
         name = main.__spec__.name if main.__spec__ else Path(main.__file__).stem

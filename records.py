@@ -4,7 +4,7 @@
     log.jsonl            one line a generation, every individual in it; equal runs write equal bytes
     timing.jsonl         one line a generation: what differs between equal runs
     best.pt              weights of the fittest individual, a state_dict for torch.load(..., weights_only=True)
-    summary.json         the outcome, written at the end
+    summary.json         the outcome, written at the end; so are schedule.json (replay.py), the figures and report.html
     individuals/ID.ckpt  an individual's weights and momentum: written once by the worker that trained it, never
                          changed; workers read parents and teachers from here
     checkpoint-G.ckpt    config, log and timing after G generations: with individuals/ all that a resumed run needs
@@ -64,6 +64,17 @@ class Individual:
     def lineage(self):
         """What was decided before it was trained: with the run's config, this determines the result."""
         return self.id, self.generation, self.parent, self.mate, self.teacher, self.hyperparameters
+
+
+def rank(m):
+    """What orders individuals, or their log records: none is above a living one that diverged, then the fitness, then the
+    age. The test accuracy decides nothing."""
+    m = m if isinstance(m, dict) else vars(m)
+    return not m["diverged"], m["fitness"], -m["id"]
+
+
+def fittest(population):
+    return max(population, key=rank)
 
 
 @contextmanager

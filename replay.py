@@ -5,18 +5,14 @@ epoch that its weights were trained. `replay` trains one new network from scratc
 """
 
 import json
+import math
 from pathlib import Path
 
-from records import Individual, RunError
+from records import Individual, RunError, fittest
 from training import learning_rate, scaled_theta
 
 SCHEDULE = "schedule.json"
 NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
-
-
-def fittest(population):
-    """The fittest log record, never a diverged one while another lives. The test accuracy decides nothing."""
-    return max(population, key=lambda m: (not m["diverged"], m["fitness"], -m["id"]))
 
 
 def ancestry(log):
@@ -55,8 +51,9 @@ def read_schedule(path):
         for epoch in found["epochs"]:
             theta = epoch["theta"]
             numbers = [*(epoch[name] for name in NUMBERS), *(theta or [])]
-            if not all(isinstance(x, int | float) for x in numbers) or theta is not None and len(theta) != 8:
-                raise ValueError("an epoch is not four numbers and eight thetas")
+            if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or (
+                    theta is not None and len(theta) != 8 or min(numbers[:4]) < 0):
+                raise ValueError("an epoch is not four numbers from 0 on and eight thetas")
     except OSError as error:
         raise RunError(f"cannot read {path}, the schedule of a finished run: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

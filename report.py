@@ -11,8 +11,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.colors import Normalize, to_hex
 
-from figures import accounting, draw_run, load_started
-from records import RunError, write_atomic
+from figures import SINGLE, accounting, draw_run, load_started
+from records import RunError, rank, write_atomic
 
 CAPTIONS = {
     "curves": "Accuracy by epochs of training. Only the fitness selects; the test accuracy is there to be compared.",
@@ -110,8 +110,9 @@ def number(value):
 def outcome(run):
     """The fittest individual so far, and the accounting of Sec. 5.2."""
     best, (tried, trained, full) = run.best[-1], accounting(run)
+    too = ", trained on too" if run.config.method in SINGLE else ""
     return section("Fittest individual", pairs({
-        "fitness (validation accuracy)": f"{100 * best['fitness']:.2f} %",
+        f"fitness (validation accuracy{too})": f"{100 * best['fitness']:.2f} %",
         "test accuracy": f"{100 * best['test_accuracy']:.2f} %",
         "individual": f"{best['id']} (generation {best['generation']})",
         "ancestors": len(run.ancestry) - 1,
@@ -143,7 +144,7 @@ def lineage(run):
     dx, dy = 32, min(13, max(7, 260 // len(run.log[0]["population"])))
     where, links, dots = [], [], []  # where: for each generation {id: (x, y)}
     for column, line in enumerate(run.log):
-        ranked = sorted(line["population"], key=lambda m: (m["diverged"], -m["fitness"], m["id"]))
+        ranked = sorted(line["population"], key=rank, reverse=True)
         where.append({m["id"]: (24 + column * dx, 10 + row * dy) for row, m in enumerate(ranked)})
         for m in ranked:
             elite = m["generation"] < line["generation"]

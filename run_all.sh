@@ -10,7 +10,7 @@
 #   ./run_all.sh figure5     ancestries of the losses, from the runs of figure 2
 #   ./run_all.sh figure6     learning rate and momentum, from the runs of figure 2
 #   ./run_all.sh ablations   EPBT on figure 2's data with one part taken out at a time, or put in
-#   ./run_all.sh practice    what the same compute buys without evolution, and replayed schedules
+#   ./run_all.sh practice    what as many networks for as long reach without evolution, and replayed schedules
 # Before any of them: SCALE=small runs it on the digits, three seeds; SEEDS="1 2" are its seeds.
 # Our own, on 2,000 images of Fashion-MNIST, an hour or two on two cores:
 #   ./run_all.sh fashion     Baseline 1, PBT, independent networks, EPBT, --preset best, and its schedules replayed
@@ -22,18 +22,21 @@ python=.venv/bin/python
 scale=${SCALE:-paper}
 section=${1:-help}
 dry_run=$([ "${2:-}" = --dry-run ] && echo yes || true)
+if [ "$section" != test ] && [ $# -gt 1 ] && { [ -z "$dry_run" ] || [ $# -gt 2 ]; }; then
+    echo "run_all.sh: after $section only --dry-run is accepted, not ${*:2}" >&2; exit 2
+fi
 
 seeds="1 2 3 4 5"
 case $scale in
     paper)
-        first="--dataset cifar10 --model resnet32"
-        wide="wrn-10-12 wrn-16-8 wrn-22-6 wrn-28-5"; wide_data="--dataset cifar10"
-        second="--dataset svhn --model resnet32" ;;
-    small)
+        first="--dataset cifar10 --download --model resnet32"
+        wide="wrn-10-12 wrn-16-8 wrn-22-6 wrn-28-5"; wide_data="--dataset cifar10 --download"
+        second="--dataset svhn --download --model resnet32" ;;
+    small)  # with one thread the numbers are the same on any count of cores
         seeds="1 2 3"
-        first="--dataset digits --model resnet8 --population 8 --generations 8 --epochs 2"
-        wide="wrn-10-1 wrn-16-1"; wide_data="--dataset digits --population 6 --generations 5 --epochs 1"
-        second="--dataset digits --model resnet20 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
+        first="--dataset digits --threads 1 --model resnet8 --population 8 --generations 8 --epochs 2"
+        wide="wrn-10-1 wrn-16-1"; wide_data="--dataset digits --threads 1 --population 6 --generations 5 --epochs 1"
+        second="--dataset digits --threads 1 --model resnet20 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
     *) echo "SCALE must be paper or small, not $scale" >&2; exit 2 ;;
 esac
 seeds=${SEEDS:-$seeds}
@@ -64,16 +67,16 @@ experiment() {  # experiment NAME OPTIONS: one run a seed
 draw() {  # draw OUT NAME...: the tables and figures of these experiments
     local folders=() name seed
     for name in "${@:2}"; do for seed in $seeds; do folders+=("runs/$scale/$name-$seed"); done; done
-    if [ -z "$dry_run" ]; then $python figures.py --out "figures/$scale/$1" "${folders[@]}"; fi
+    if [ -z "$dry_run" ]; then $python figures.py --out "figures/$scale${1:+/$1}" "${folders[@]}"; fi
 }
 
 demo() {
     scale=demo
     seeds=${SEEDS:-1}
-    experiment baseline --method baseline --dataset digits
-    experiment pbt      --method pbt --dataset digits
-    experiment epbt     --method epbt --dataset digits
-    experiment best     --method epbt --dataset digits --preset best
+    experiment baseline --method baseline --dataset digits --threads 1
+    experiment pbt      --method pbt --dataset digits --threads 1
+    experiment epbt     --method epbt --dataset digits --threads 1
+    experiment best     --method epbt --dataset digits --threads 1 --preset best
     draw "" baseline pbt epbt best
 }
 
@@ -120,7 +123,13 @@ ablations() {
 replays() {  # replays NAME RUN OPTIONS: one network by the schedule that each run of RUN evolved
     local seed
     for seed in $seeds; do
-        if [ -z "$dry_run" ]; then run "$scale/$1" "$seed" "${@:3}" --replay "runs/$scale/$2-$seed"; fi
+        local source=runs/$scale/$2-$seed
+        if [ -n "$dry_run" ] && [ ! -e "$source/schedule.json" ]; then
+            echo "+ python epbt.py --out runs/$scale/$1-$seed --seed $seed ${*:3} --replay $source"
+            echo "one network, as many epochs as that schedule has or the options say"
+        else
+            run "$scale/$1" "$seed" "${@:3}" --replay "$source"
+        fi
     done
 }
 
@@ -132,7 +141,7 @@ practice() {
     draw practice figure2-baseline random best replay
 }
 
-fashion_data="--dataset fashion --limit 2000 --validation 200 --generations 8 --epochs 3 --precision bfloat16 --threads 1"
+fashion_data="--dataset fashion --download --limit 2000 --validation 200 --generations 8 --epochs 3 --precision bfloat16 --threads 1"
 
 fashion_runs() {
     scale=fashion

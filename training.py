@@ -136,7 +136,7 @@ class Trainer:
         self.data = job.data.to(self.device)
         self.network, self.teacher = (Network(self._new_model(seed=0), self.device) for _ in range(2))
         # What is scored, teaches and ends in best.pt: the network itself, or the running mean of its weights over about
-        # a generation. The noise of a high learning rate averages out, so selection does not favour low rates too early.
+        # a generation, in which the noise of a high learning rate averages out.
         self.average = Network(self._new_model(seed=0), self.device) if job.average_weights else self.network
         self.networks = list(dict.fromkeys((self.network, self.average)))
         self.teacher.model.eval()

@@ -3,8 +3,7 @@
 import shutil
 from statistics import median
 
-from records import one_line
-from replay import fittest
+from records import fittest, one_line
 from training import learning_rate
 
 FITNESS, TEST = "fitness/best", "fittest/test_accuracy_for_comparison_only"

@@ -102,7 +102,7 @@ class Processes:
 
     def __init__(self, job, count):
         self.context = start_server()
-        _share(job.data)
+        _refuse_small_shared_memory(job.data)  # to which PyTorch moves the images when they are sent to the first worker
         if job.device == "cpu":
             places = [("cpu", 1)] * count
         else:
@@ -172,7 +172,8 @@ def start_server():
     """Workers are forked from a server that has imported torch but started no thread and no CUDA context. It imports
     in the background; to call this once more does nothing."""
     context = multiprocessing.get_context("forkserver")
-    # By itself as well: before Python 3.13 the server looks for modules in the working directory only.
+    # torch by its own name too: before Python 3.13 the server looks for modules in the working directory only, and so may
+    # not find ours.
     context.set_forkserver_preload(["torch", "training"])
     if threading.current_thread() is not threading.main_thread():
         return context  # signals are not its business
@@ -323,11 +324,10 @@ def _exit_with_parent():
     os._exit(1)
 
 
-def _share(data):
-    """Move the images into shared memory; says so if it is too small, since writing past its end kills a process."""
+def _refuse_small_shared_memory(data):
+    """Raise RunError if the images do not fit, since writing past its end kills a process."""
     need = sum(s.images.nbytes + s.labels.nbytes for s in (data.train, data.validation, data.test))
     free = shutil.disk_usage("/dev/shm").free
     if need > free:
         raise RunError(f"the images need {need >> 20} MiB of shared memory and /dev/shm has {free >> 20} MiB free: "
                        "use --workers 1, or enlarge it (docker run --shm-size)")
-    data.share_memory()

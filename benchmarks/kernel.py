@@ -9,8 +9,6 @@
 - clone: a copy of the logits in fresh memory, and copy: into existing memory; each reads and writes as many bytes as fused
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import statistics
@@ -161,7 +159,7 @@ def plot(records: list[dict], path: Path) -> None:
         panel.set_xlabel("rows B")
     for panel in panels[:, 0]:
         panel.set_ylabel("forward + backward (µs)")
-    panels[0, 0].legend(fontsize=8)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS))
     first = records[0]
     threads = f"{first['threads']} threads, " if first["threads"] else ""
     figure.suptitle(f"float32, {first['device']}, {threads}PyTorch {first['torch']}; median, 10th and 90th percentile")

@@ -4,8 +4,6 @@ In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTIO
 reverse of the usual habit. n is the number of classes.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 

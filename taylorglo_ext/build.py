@@ -4,8 +4,6 @@ A build runs in a folder of its own, and the library is renamed into the cache o
 the operating system drops with its process. So a build that was killed leaves nothing that the next one would wait for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib
@@ -17,8 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,7 +118,8 @@ def build(target: str, library: Path, extra_cuda_flags: tuple[str, ...] = ()) ->
     """Compile the sources for `target`, load the result, and put it at `library`."""
     folder = tempfile.mkdtemp(prefix=f"{library.stem}.building-", dir=library.parent)
     try:
-        with _progress(f"taylorglo_ext: building the fused {target} loss, once"), _toolchain(target) as load:
+        print(f"taylorglo_ext: building the fused {target} loss, once: about a minute", file=sys.stderr, flush=True)
+        with _toolchain(target) as load:
             load(
                 name=library.stem,
                 sources=[str(_folder / name) for name in SOURCES[target]],
@@ -166,26 +163,6 @@ def _toolchain(target: str):
     finally:
         os.environ.clear()
         os.environ.update(saved)
-
-
-@contextlib.contextmanager
-def _progress(message: str) -> Iterator[None]:
-    """Write the message, a dot a second, and the time at the end, to stderr."""
-    done, start = threading.Event(), time.monotonic()
-
-    def dots() -> None:
-        while not done.wait(1):
-            print(".", end="", file=sys.stderr, flush=True)
-
-    print(message, end=" ", file=sys.stderr, flush=True)
-    ticker = threading.Thread(target=dots, daemon=True)
-    ticker.start()
-    try:
-        yield
-    finally:
-        done.set()
-        ticker.join()
-        print(f" {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 def _first_error(error: Exception) -> str:

@@ -253,12 +253,8 @@ def test_a_channel_of_one_colour_becomes_zero():
     assert not normalize(found.test.images, found.mean, found.std).any()
 
 
-def test_moving_and_sharing():
+def test_moving():
     found = custom()
-    assert found.share_memory() is found
-    sets = [found.train, found.validation, found.test]
-    tensors = [found.mean, found.std, *(s.images for s in sets), *(s.labels for s in sets)]
-    assert all(tensor.is_shared() for tensor in tensors)
     moved = found.to("meta")
     sets = [moved.train, moved.validation, moved.test]
     assert all(t.is_meta for t in [moved.mean, moved.std, *(s.images for s in sets), *(s.labels for s in sets)])
@@ -335,6 +331,12 @@ def test_sources_that_cannot_be_used():
         (Listed(torch.zeros(2, 8, 8), [0, 1]), good, "(2, 8, 8)"),
         (Listed(images.astype(np.int32), labels), good, "torch.int32"),
         (Listed([], []), good, "(0,)"),
+        (good, None, "the test data are NoneType; accepted are a pair (images, labels), and a map-style Dataset"),
+        (torch.from_numpy(images), good, "the training data are Tensor"),
+        ((images, labels, labels), good, "the training data are tuple"),
+        (torch.utils.data.DataLoader(Listed(images, labels)), good, "the training data are DataLoader"),
+        ((images.transpose(0, 2, 3, 1), labels), good, "(20, 8, 8, 3): channels last"),
+        ((images[:1], labels[:1]), good, "at least two training images, not 1"),
     ]:
         assert words in error_line(make_data, train, test)
 
@@ -604,7 +606,7 @@ def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
     assert f"Couldn't find any class folder in {folder}." in error_line(load_data, str(folder))
 
     write_folder(folder, ["red"])
-    assert "at least two classes, not 1" in error_line(load_data, str(folder))
+    assert f"{folder} has only one class, 'red'" in error_line(load_data, str(folder))
 
     (folder / "green").mkdir()
     (folder / "green" / "notes.txt").write_text("no image")
@@ -633,7 +635,7 @@ def test_folder_splits_with_different_classes(tmp_path):
     assert "same classes; only one of them has blue, green" in error_line(load_data, str(tmp_path))
 
 
-@pytest.mark.parametrize("parts", [["train", "val"], ["train", "test", "valid"], ["train"]])
+@pytest.mark.parametrize("parts", [["train", "val"], ["train", "test", "valid"], ["train"], ["Test", "Train"]])
 def test_a_split_is_not_taken_for_a_class(parts, tmp_path):
     for part in parts:
         write_folder(tmp_path / part, ["red", "green"])

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from config import PROTOCOLS
-from data import Augmentation, load_data, normalize
+from data import Augmentation, DataError, load_data, normalize
 from epbt import Config, checked_space, evolve, formula, main
 from evolution import MOMENTUM, SEARCH_SPACE, Variable, fittest, novelty_elites, pulse
 from models import make_model
@@ -254,6 +254,10 @@ def refused(capsys, arguments):
     ("--model nowhere:factory", "--model nowhere"),
     ("--method pbbt", "--method 'pbbt' 'pbt' epbt baseline"),
     ("--method replay", "--method --replay folder"),
+    ("--method pbt --replay schedule.json", "--replay without --method pbt"),
+    ("--replay custom.json", "custom.json evolve() --dataset"),
+    ("--theta-range 1e300", "--theta-range at most 1000000"),
+    ("--threads 100000", "--threads at most 1024"),
     ("--novelty puls", "--novelty 'puls' pulsation one-in-p always off"),
     ("--loss mse", "--loss 'mse' taylorglo cross-entropy"),
     ("--loss-backend cuda", "--loss-backend 'cuda' auto fused reference"),
@@ -315,6 +319,9 @@ def test_a_mistake_costs_one_line_that_says_what_is_accepted(arguments, words, c
         for kind in ("images-idx3", "labels-idx1"):
             Path(f"broken/{part}-{kind}-ubyte").write_bytes(b"\0\0\x08\x03\0\0")
     Path("file").write_text("")
+    epoch = dict(learning_rate=0.1, momentum=0.9, weight_decay=0, cutout=0, theta=None)
+    for name, dataset in (("schedule", "digits"), ("custom", "custom")):
+        Path(f"{name}.json").write_text(json.dumps(dict(dataset=dataset, model="resnet8", batch_size=8, epochs=[epoch])))
     line = refused(capsys, ["--loss-backend", "reference", "--workers", "1", *arguments.split()])
     assert [word for word in words.split() if word not in line] == []
 
@@ -415,6 +422,40 @@ def test_a_search_space_of_ones_own_is_evolved(tmp_path):
     for m in read_log(tmp_path)[-1]["population"]:
         assert m["hyperparameters"].keys() == {"weight_decay", "cutout"}
         assert 1e-5 <= m["hyperparameters"]["weight_decay"] <= 1e-2 and 0 <= m["hyperparameters"]["cutout"] <= 4
+
+
+def make_one(num_classes, in_channels):
+    return make_model("resnet8", num_classes, in_channels, seed=0)
+
+
+IMAGES = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 4
+
+
+@pytest.mark.parametrize("model, train, test, message", [
+    (make_one(4, 1), IMAGES, IMAGES, "make_model must be a function or class .* not an object of the class ResNet"),
+    ("resnet8", IMAGES, IMAGES, "make_model must be .* not an object of the class str"),
+    (lambda num_classes, in_channels: make_one(num_classes, in_channels), IMAGES, IMAGES, "not .*<lambda>"),
+    (torch.nn.Linear, IMAGES, IMAGES, "--model: model .*:Linear: it must be callable as factory"),
+    (make_one, IMAGES, None, "the test data are NoneType"),
+    (make_one, None, IMAGES, "the training data are NoneType"),
+])
+def test_a_call_of_evolve_that_cannot_work_is_refused_in_one_line(model, train, test, message, tmp_path):
+    c = Config(loss_backend="reference", workers=1, device="cpu", out=str(tmp_path / "run"))
+    with pytest.raises((ConfigError, DataError), match=message) as error:
+        evolve(c, model, train, test)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_does_not_fit_the_images_is_refused_before_the_run_begins(capsys, tmp_path):
+    line = refused(capsys, f"--model torchvision:vit_b_16 --loss-backend reference --out {tmp_path / 'run'}".split())
+    assert "--model: model torchvision:vit_b_16: it cannot be trained on images of 1 x 8 x 8" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_which_every_network_diverged_says_so(run_epbt, capsys):
+    run_epbt("--learning-rate", "1e30", "--generations", "1")
+    assert "every network diverged" in capsys.readouterr().out
 
 
 def test_weight_decay_is_evolved_with_one_line_more(run_epbt, monkeypatch):

@@ -47,8 +47,8 @@ def test_the_script_of_the_readme_outside_the_repository_and_a_replay_of_it(tmp_
     (tmp_path / "mine.py").write_text(next(block for block in blocks if "evolve(" in block))
     run(tmp_path, sys.executable, "mine.py")
     assert (tmp_path / "runs" / "mine" / "report.html").stat().st_size > 10_000
-    run(tmp_path, sys.executable, ROOT / "epbt.py", "--replay", "runs/mine", "--generations", "1", "--limit", "200",
-        "--validation", "50", "--out", "runs/replay")
+    run(tmp_path, sys.executable, ROOT / "epbt.py", "--replay", "runs/mine", "--dataset", "digits", "--generations", "1",
+        "--limit", "200", "--validation", "50", "--out", "runs/replay")
     for name, method in (("mine", "epbt"), ("replay", "replay")):
         summary = read(tmp_path / "runs" / name / "summary.json")
         assert (summary["method"], summary["model"]) == (method, "mine:make_model")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import MODELS, BasicBlock, PreActivationBlock, make_model, model_error
+from models import MODELS, BasicBlock, PreActivationBlock, make_model, mismatch, model_error
 
 # Parameters, for ten classes and three channels, and convolutions. A ResNet's name counts its linear layer too; a
 # WRN's only the convolutions, 1x1 shortcuts included. Sec. 4.1: 0.47 million for ResNet-32, about 11 for the WRNs.
@@ -30,6 +30,11 @@ from torch import nn
 def small(num_classes, in_channels): return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
 def wrong(classes): return small(classes, 1)
 def nothing(num_classes, in_channels): return 42
+def lazy(num_classes, in_channels): return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+def frozen(num_classes, in_channels): return small(num_classes, in_channels).requires_grad_(False)
+class Pair(nn.Linear):
+    def __init__(self, num_classes, in_channels): super().__init__(8, num_classes)
+    def forward(self, x): return x, super().forward(x)
 number = 3
 """
 
@@ -177,3 +182,26 @@ def test_names_that_are_no_model(own_module, name, words):
 @pytest.mark.parametrize("name", [*MODELS, "torchvision:resnet18", "torchvision:vit_b_16"])
 def test_names_that_are_models(name):
     assert model_error(name) is None
+
+
+@pytest.mark.parametrize("name, shape, words", [
+    ("resnet8", (1, 8, 8), None),
+    ("torchvision:googlenet", (3, 64, 64), None),
+    ("zoo.own_nets:small", (3, 8, 8), None),
+    ("zoo.own_nets:small", (3, 8, 9), ["cannot be trained on images of 3 x 8 x 9", "RuntimeError: mat1 and mat2"]),
+    ("zoo.own_nets:lazy", (3, 8, 8), ["lazy layers"]),
+    ("zoo.own_nets:frozen", (3, 8, 8), ["does not require grad"]),
+    ("zoo.own_nets:Pair", (3, 8, 8), ["a tensor (2, 7), not tuple"]),
+    ("zoo.own_nets:nothing", (3, 8, 8), ["returned int"]),
+    ("torchvision:vit_b_16", (3, 32, 32), ["AssertionError: Wrong image height! Expected 224 but got 32!"]),
+])
+def test_a_model_that_does_not_fit_the_data_is_told_in_a_line(own_module, name, shape, words):
+    before = torch.get_rng_state()
+    line = mismatch(name, 7, shape)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert line is None if words is None else "\n" not in line and all(word in line for word in [name, *words]), line
+
+
+def test_too_many_outputs_are_a_mismatch(own_module, monkeypatch):
+    monkeypatch.setitem(MODELS, "wide", lambda num_classes, in_channels: make_model("resnet8", 99, in_channels, seed=0))
+    assert "must return a tensor (2, 10), not (2, 99)" in mismatch("wide", 10, (3, 8, 8))

@@ -65,12 +65,29 @@ def test_a_loss_that_had_cross_entropy_added_is_replayed_with_it(finished, tmp_p
     assert not epbt.Config(replay=str(finished)).resolved().add_cross_entropy
 
 
-EPOCH = '{"learning_rate": 1, "momentum": 0, "weight_decay": 0, "cutout": 0, "theta": [1]}'
+def test_a_schedule_brings_its_data_set_and_a_resumed_replay_notices_another_schedule(finished, tmp_path, capsys):
+    path, out = tmp_path / "schedule.json", str(tmp_path / "replay")
+    found = json.loads((finished / "schedule.json").read_text()) | {"dataset": "fashion"}
+    path.write_text(json.dumps(found))
+    assert epbt.Config(replay=str(path)).resolved().dataset == "fashion"
+    assert epbt.Config(replay=str(path), dataset="svhn").resolved().dataset == "svhn"
+    replay = [*TINY, "--replay", str(path), "--generations", "1", "--out", out]
+    epbt.main(replay)
+    epbt.main([*replay, "--resume"])
+    found["epochs"][0]["momentum"] = 0.123
+    path.write_text(json.dumps(found))
+    with pytest.raises(SystemExit):
+        epbt.main([*replay, "--resume"])
+    assert "schedule is" in capsys.readouterr().err
+
+
+SCHEDULE = ('{"model": "resnet8", "batch_size": 8, "epochs": [{"learning_rate": %s, "momentum": 0, "weight_decay": 0, '
+            '"cutout": 0, "theta": %s}]}')
 
 
 @pytest.mark.parametrize("content", [
     "", "{}", "[]", '{"model": "resnet8", "batch_size": 8, "epochs": []}', '{"epochs": [{"learning_rate": 1}]}',
-    '{"model": "resnet8", "batch_size": 8, "epochs": [' + EPOCH + "]}"])
+    SCHEDULE % (1, "[1]"), SCHEDULE % (-1, "null"), SCHEDULE % ("NaN", "null"), SCHEDULE % ('"1"', "null")])
 def test_what_is_not_a_schedule_is_refused_in_one_line(content, tmp_path, capsys):
     path = tmp_path / "schedule.json"
     path.write_text(content)

@@ -9,8 +9,8 @@ import pytest
 
 from epbt import Config, evolve, main
 from options import ConfigError
-from records import RunError, read_log
-from replay import fittest, read_schedule
+from records import RunError, fittest, read_log
+from replay import read_schedule
 from watch import FITNESS, TEST
 
 needs_tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None,

@@ -232,10 +232,14 @@ def test_every_gpu_gets_its_share_of_the_slots():
     assert workers._shares(None, 2) == [None, None]  # each finds its own number
 
 
+def test_the_images_lie_in_memory_that_the_workers_share(job, pool):
+    assert all(part.images.is_shared() for part in (job.data.train, job.data.validation, job.data.test))
+
+
 def test_too_little_shared_memory_is_told_before_a_process_dies_of_it(job, monkeypatch):
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(RunError, match="/dev/shm has 0 MiB free: use --workers 1"):
-        workers._share(job.data)
+        workers._refuse_small_shared_memory(job.data)
 
 
 # Whole runs
