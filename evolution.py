@@ -45,7 +45,7 @@ class Variable:
 # schedule (scale 1, decay 5 or 10, momentum 0.9), as the paper asks of its search space.
 LEARNING_RATE_SCHEDULE = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 1.0, 10.0))
 MOMENTUM = (Variable("momentum", 0.5, 0.99),)
-# Not in the paper: without the low rates that win early and lose late.
+# Not in the paper: no rates below Baseline 1's first.
 HIGH_RATES = (Variable("lr_scale", 1.0, 10.0, log=True), Variable("lr_decay", 1.0, 10.0), Variable("momentum", 0.8, 0.97))
 
 
