@@ -7,14 +7,14 @@ learning rates, the fittest chosen in the end.
 
 import numpy as np
 
-from evolution import Variable, as_array, as_dicts, draw, fittest, initialize, random_stream
+from evolution import Variable, as_array, as_dicts, best_first, draw, initialize, random_stream
 from records import Individual
 
 # Sec. 4.1: "between 0.1 and 0.0001", as a scale of the rate 0.1. paper: unspecified: uniform in the logarithm.
 PBT_SPACE = (Variable("lr_scale", 1e-3, 1.0, log=True),)
 TRUNCATION = 0.25  # Sec. 4.1: the top 25% are copied over the bottom 25%
 PERTURBATION = 1.2  # Sec. 4.1
-RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is the choice of the PBT paper's released code
+RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is Ray Tune's default
 
 
 def independent(config, space, classes, workers, run):
@@ -53,7 +53,7 @@ def exploit_and_explore(h, fitness, space, rng):
     of each member, an index (n,), and the new h."""
     n = len(h)
     quarter = int(n * TRUNCATION)
-    order = fittest(fitness, n)
+    order = best_first(fitness, n)
     source, h = np.arange(n), h.copy()
     if quarter == 0:
         return source, h
@@ -62,7 +62,7 @@ def exploit_and_explore(h, fitness, space, rng):
     source[worst] = rng.choice(best, size=quarter)
     factor = np.where(rng.random((quarter, len(space))) < 0.5, PERTURBATION, 1 / PERTURBATION)
     low, high = np.array([[v.low, v.high] for v in space]).T
-    perturbed = (h[source[worst]] * factor).clip(low, high)
+    perturbed = (h[source[worst]] * factor).clip(low, high)  # paper: unspecified (whether they are clipped)
     reset = rng.random(perturbed.shape) < RESET_PROBABILITY
     h[worst] = np.where(reset, draw(space, quarter, rng), perturbed)
     return source, h

@@ -44,6 +44,7 @@ PRESETS = {
     "best": dict(distillation=0.0, theta_range=1.0, add_cross_entropy=True, average_weights=True, milestones=(),
                  high_rates=True, evolve_cutout=True),
 }
+SINGLE = ("baseline", "replay")  # methods of one network
 ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start from a parent that did not train lately
 
 
@@ -51,8 +52,8 @@ ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start
 class Config:
     """All that determines a run. None: the protocol of the data set decides (PROTOCOLS), or the field named."""
 
-    method: str = option("run", "epbt", "epbt; Baseline 2 (pbt); Baseline 1 (baseline: one network); or independent "
-                         "networks with random learning rates (random), Sec. 4.1",
+    method: str = option("run", "epbt", "epbt; Sec. 4.1's Baseline 2 (pbt) and Baseline 1 (baseline: one network); or "
+                         "independent networks with random learning rates (random)",
                          choices=("epbt", "pbt", "baseline", "random", "replay"))
     replay: str | None = option("run", None, "train one network under the schedule of a finished run's winner: its "
                                 "folder or schedule.json; stretched to --generations epochs", otherwise="off")
@@ -200,7 +201,11 @@ class Config:
 
     def stands_alone(self):
         """Whether one network stands alone, and trains on the validation images as well (Sec. 4.1, Baseline 1)."""
-        return self.method in ("baseline", "replay")
+        return self.method in SINGLE
+
+    def average_epochs(self):
+        """Over about how many epochs average_weights averages: a generation's, in a replay that of the replayed run."""
+        return self.epochs if self.replay is None else read_schedule(self.replay).get("average_epochs", self.epochs)
 
     def identity(self):
         """What a resumed run must share: all but the fields that cannot change the result."""
@@ -256,7 +261,7 @@ ENDING = f"""defaults by data set:
 {defaults()}  a folder of images: as cifar10, but --validation a tenth of the training images, and --enlarge 1
 
 commands to begin with:
-  python epbt.py                                                                the digits, in some minutes
+  python epbt.py                                                                the digits, in half a minute
   python epbt.py --dataset pictures/ --model torchvision:resnet18 --out runs/a  images of your own
   python epbt.py --resume --out runs/a                                          go on after an interruption
   python epbt.py --replay runs/a --generations 100                              one network by the evolved schedule

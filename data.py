@@ -109,7 +109,7 @@ def read_digits(root, download):
 
 
 def hold_out(images, labels):
-    """Hold out every fifth image of each class for the test, the same ones in every run."""
+    """Hold out a fifth of each class for the test, to within an image, the same ones in every run."""
     order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     test = np.zeros(len(labels), dtype=bool)
@@ -222,7 +222,11 @@ def read_folder(folder, size):
                         "FOLDER/train and FOLDER/test, each of that kind; validation images are taken from train")
     if parts != {"train", "test"}:
         images, labels, class_names = read_image_folder(folder, size)
-        return *hold_out(images, labels), class_names
+        train, test = hold_out(images, labels)
+        if gone := set(labels) - set(train[1]):
+            raise DataError(f"{folder}: a fifth of the images is held out for the test, and that is all that "
+                            f"{class_names[min(gone)]} has; accepted are more of them, or FOLDER/train and FOLDER/test")
+        return train, test, class_names
     *train, class_names = read_image_folder(folder / "train", size)
     *test, test_names = read_image_folder(folder / "test", size)
     if class_names != test_names:

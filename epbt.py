@@ -63,7 +63,7 @@ def epbt(config, space, classes, workers, run):
     for g in range(run.generations, config.generations):
         rng = random_stream("evolution", config.seed, g)
         alive = [m for m in M if not m.diverged]
-        if not alive:  # Sec. 3.2, Initialization (again, should a whole generation have diverged)
+        if not alive:  # Sec. 3.2, Initialization; paper: unspecified: again, should a whole generation have diverged
             h = initialize(space, config.population, rng, classes if config.viable_init else None)
             elites, N = [], newborn(M, g, as_dicts(space, h))
             teacher, alpha = None, 0.0
@@ -165,8 +165,8 @@ def named(make_model):
 
 def make_job(config, data):
     """What all evaluations of a resolved config have in common."""
-    shared = {f.name: getattr(config, f.name) for f in fields(Job) if f.name not in ("data", "fixed")}
-    return Job(data=data, fixed=config.fixed(data), **shared)
+    own = dict(data=data, fixed=config.fixed(data), average_epochs=config.average_epochs())
+    return Job(**own, **{f.name: getattr(config, f.name) for f in fields(Job) if f.name not in own})
 
 
 def checked_space(space):

@@ -98,8 +98,8 @@ def first_step(theta, classes):
 
 
 def tournament(fitness, n, t, rng):
-    """Sec. 3.2, Step 1, operator tau: n winners, each the fittest of t individuals drawn at random without
-    replacement (fewer where fewer live). Returns indices of shape (n,); one individual may win many times."""
+    """Sec. 3.2, Step 1, operator tau: n winners, each the fittest of t individuals drawn at random; paper: unspecified:
+    without replacement (fewer where fewer live). Returns indices of shape (n,); one individual may win many times."""
     t = min(t, len(fitness))
     contests = [np.sort(rng.choice(len(fitness), size=t, replace=False)) for _ in range(n)]
     return np.array([c[np.argmax(fitness[c])] for c in contests], dtype=int)
@@ -128,14 +128,15 @@ def crossover(h, probability, rng):
     return np.where(taken, h[mate], h), np.where(taken.any(axis=1), mate, -1)
 
 
-def fittest(fitness, n):
+def best_first(fitness, n):
     """Indices of the n fittest, best first; ties go to the lower index."""
     return np.argsort(-np.asarray(fitness), kind="stable")[:n]
 
 
 def novelty_scores(behaviour):
-    """Eq. 1: S_i, the sum of the Euclidean distances from behaviour vector b_i to all others.
+    """Eq. 1: S_i, the sum of the distances d from behaviour vector b_i to all others.
 
+    paper: unspecified: d is the Euclidean distance, the root of the number of images on which two disagree.
     behaviour: (m, N) booleans, right or wrong on each of N validation images. Returns the scores (m,) and the
     distances (m, m)."""
     b = behaviour.astype(np.int64)
@@ -149,20 +150,16 @@ def novelty_elites(fitness, behaviour, k, m):
     """Sec. 2.5 and 3.4: of the m fittest the k most novel, skipping candidates of the same cluster.
 
     paper: unspecified: the fittest always stays; the rest are ranked by S_i (ties by fitness, then age). The first
-    k - 1 are kept, each remaining candidate is put in by turns, and the later ranked of the closest pair drops out.
-    Returns the indices of the elites, the fittest first, the others by rank."""
-    candidates = fittest(fitness, m)
+    k - 1 are kept, each remaining candidate is put in by turns, and the later ranked of the closest pair drops out; the
+    fittest is in no pair. Returns the indices of the elites, the fittest first, the others by rank."""
+    candidates = best_first(fitness, m)
     scores, distance = novelty_scores(behaviour[candidates])
     ranked = 1 + np.argsort(-scores[1:], kind="stable")  # candidates are sorted by fitness already
     kept = list(ranked[: k - 1])
-    for newcomer in ranked[k - 1 :]:
+    for newcomer in ranked[k - 1 :] if k > 2 else ():  # else the newcomer itself is the later of any pair
         kept.append(newcomer)
-        pairs = [(distance[a, b], j) for j, b in enumerate(kept) for a in kept[:j]]
-        if pairs:  # none where k = 1: the fittest alone stays
-            closest = min(d for d, _ in pairs)
-            kept.pop(max(j for d, j in pairs if d == closest))
-        else:
-            kept.clear()
+        _, later = min((distance[a, b], -j) for j, b in enumerate(kept) for a in kept[:j])
+        kept.pop(-later)
     return candidates[[0, *kept]]
 
 
@@ -172,7 +169,7 @@ def select_elites(fitness, correct, k, m, n, novel, rng):
     correct: (individuals, validation images) booleans. Sec. 3.4: the behaviour is taken on n of the images, chosen at
     random; paper: unspecified: anew in each generation."""
     if not novel:
-        return fittest(fitness, k)
+        return best_first(fitness, k)
     images = rng.choice(correct.shape[1], size=min(n, correct.shape[1]), replace=False)
     return novelty_elites(fitness, correct[:, images], k, m)
 

@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.special import stdtr
 
-from config import CIFAR10, ELITES, PRESETS, PROTOCOLS, Config
+from config import CIFAR10, ELITES, PRESETS, PROTOCOLS, SINGLE, Config
 from evolution import SEARCH_SPACE
 from records import RunError, fittest, read_config, read_log
 from replay import ancestry
@@ -35,7 +35,6 @@ from training import learning_rate
 METHODS = {"baseline": "Baseline 1", "pbt": "Baseline 2 (PBT)", "random": "Independent networks", "epbt": "EPBT",
            "replay": "Replayed schedule"}
 BASELINES = ("baseline", "pbt", "random")
-SINGLE = ("baseline", "replay")  # methods of one network, which trains on the validation images too (Sec. 4.1)
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers say the same again.
 LOOKS = {"Baseline 1": ("#0072B2", "s"), "Baseline 2 (PBT)": ("#009E73", "^"), "Independent networks": ("#CC79A7", "D"),
          "EPBT": ("#D55E00", "o"), "Replayed schedule": ("#56B4E9", "P")}
@@ -335,7 +334,7 @@ def table2(problem, rows):
         return ""
     paper = PAPER.get(problem, {})
     lines = [[other.label, *(epochs_to_pass(row, other) or "-" for row in ours),
-              *([paper.get(other.method, (0, 0, "-"))[2]] if paper else [])] for other in others]
+              *([paper.get(other.method, (0, 0, "-"))[2] if other.plain else "-"] if paper else [])] for other in others]
     return table(["to pass", *(f"{row.label}, of {row.complete[0].total_epochs}" for row in ours),
                   *(["paper"] if paper else [])], lines)
 

@@ -67,8 +67,8 @@ class Individual:
 
 
 def rank(m):
-    """What orders individuals, or their log records: none is above a living one that diverged, then the fitness, then the
-    age. The test accuracy decides nothing."""
+    """What orders individuals, or their log records: diverged ones below all others, then by fitness, then the older
+    first. The test accuracy decides nothing."""
     m = m if isinstance(m, dict) else vars(m)
     return not m["diverged"], m["fitness"], -m["id"]
 
@@ -262,11 +262,11 @@ class RunFolder:
         delete(mirror)  # it is not of the evaluation to come
         return None
 
-    def record(self, generation, population, elites=(), **facts):
+    def record(self, generation, population, elites=()):
         """Close a generation: its line in the log, its times, its checkpoint; then forget who is needed no more."""
         elites = {individual.id for individual in elites}
         members = [{**individual.record(), "elite": individual.id in elites} for individual in population]
-        line = json.dumps({"generation": generation, **facts, "population": members}) + "\n"
+        line = json.dumps({"generation": generation, "population": members}) + "\n"
         now = time.perf_counter()
         times = json.dumps({"generation": generation, "seconds": now - self.clock}) + "\n"
         self.log, self.timing, self.clock = self.log + line, self.timing + times, now

@@ -26,9 +26,9 @@ def ancestry(log):
 
 def schedule(config, job, log):
     """The winner's schedule: {"dataset", "model", "batch_size", "add_cross_entropy": whether it is added to each loss,
-    "average_weights": whether the running mean of the weights is what counts, "epochs": [{"learning_rate", "momentum",
-    "weight_decay", "cutout", "theta": eight numbers, or None for cross-entropy}, ...]}. taylorglo_ext.losses makes losses
-    of it."""
+    "average_weights": whether the running mean of the weights is what counts, "average_epochs": over about how many,
+    "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout", "theta": eight numbers, or None for cross-entropy},
+    ...]}. taylorglo_ext.losses makes losses of it."""
     epochs = []
     for ancestor in ancestry(log):
         h = {**job.fixed, **ancestor["hyperparameters"]}
@@ -37,7 +37,8 @@ def schedule(config, job, log):
                         momentum=h["momentum"], weight_decay=h["weight_decay"], cutout=h["cutout"], theta=theta)
                    for e in range(job.epochs)]
     return dict(dataset=config.dataset, model=config.model, batch_size=config.batch_size,
-                add_cross_entropy=job.add_cross_entropy, average_weights=job.average_weights, epochs=epochs)
+                add_cross_entropy=job.add_cross_entropy, average_weights=job.average_weights,
+                average_epochs=job.average_epochs, epochs=epochs)
 
 
 def read_schedule(path):
@@ -48,6 +49,8 @@ def read_schedule(path):
         found = json.loads(path.read_text())
         if not isinstance(found["model"], str) or not isinstance(found["batch_size"], int) or not found["epochs"]:
             raise ValueError("its model, its batch size or its epochs are missing")
+        if not isinstance(found.get("average_epochs", 1), int) or found.get("average_epochs", 1) < 1:
+            raise ValueError("average_epochs is not a whole number from 1 on")
         for epoch in found["epochs"]:
             theta = epoch["theta"]
             numbers = [*(epoch[name] for name in NUMBERS), *(theta or [])]
@@ -62,7 +65,8 @@ def read_schedule(path):
 
 
 def replay(config, space, classes, workers, run):
-    """One new network under a schedule, which is stretched to this run's number of epochs."""
+    """One new network under a schedule, which is stretched to this run's number of epochs. Each generation, of one epoch if
+    --epochs does not say more, is trained as the schedule is at its beginning."""
     epochs = read_schedule(config.replay)["epochs"]
     population = run.population
     for g in range(run.generations, config.generations):

@@ -11,7 +11,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.colors import Normalize, to_hex
 
-from figures import SINGLE, accounting, draw_run, load_started
+from config import SINGLE
+from figures import accounting, draw_run, load_started
 from records import RunError, rank, write_atomic
 
 CAPTIONS = {

@@ -6,7 +6,7 @@
 # The experiments of the paper, five seeds each. All can be stopped and called again: they go on where they were.
 #   ./run_all.sh figure2     CIFAR-10, ResNet-32: Baseline 1, PBT, EPBT        ./run_all.sh table1   figures 2, 3 and 4
 #   ./run_all.sh figure3     CIFAR-10, four wide ResNets: Baseline 1, EPBT     ./run_all.sh table2   the same
-#   ./run_all.sh figure4     SVHN, ResNet-32: Baseline 1, EPBT                 ./run_all.sh all      everything here
+#   ./run_all.sh figure4     SVHN, ResNet-32: Baseline 1, EPBT                 ./run_all.sh all      all of the paper's
 #   ./run_all.sh figure5     ancestries of the losses, from the runs of figure 2
 #   ./run_all.sh figure6     learning rate and momentum, from the runs of figure 2
 #   ./run_all.sh ablations   EPBT on figure 2's data with one part taken out at a time, or put in

@@ -43,7 +43,8 @@ class Job:
     fixed: dict[str, float]  # hyperparameters that are not evolved
     normalize_loss: bool  # see scaled_theta
     add_cross_entropy: bool  # to Eq. 2: not in the paper
-    average_weights: bool  # see Trainer.average; not in the paper
+    average_weights: bool  # see Trainer.scored_network; not in the paper
+    average_epochs: int  # over about how many: a generation's, also in the replay of a run
     loss_backend: str
     precision: str  # of the networks' activations; weights, BatchNorm statistics and the loss stay in float32
     threads: int
@@ -135,11 +136,11 @@ class Trainer:
         taylorglo_ext.load(job.loss_backend, self.device.type)
         self.data = job.data.to(self.device)
         self.network, self.teacher = (Network(self._new_model(seed=0), self.device) for _ in range(2))
-        # What is scored, teaches and ends in best.pt: the network itself, or the running mean of its weights over about
-        # a generation, in which the noise of a high learning rate averages out.
-        self.average = Network(self._new_model(seed=0), self.device) if job.average_weights else self.network
-        self.networks = list(dict.fromkeys((self.network, self.average)))
-        self.teacher.model.eval()
+        # What is scored, teaches and ends in best.pt: the network itself, or an exponential running mean of its weights
+        # over about a generation, in which the noise of a high learning rate averages out.
+        self.scored_network = Network(self._new_model(seed=0), self.device) if job.average_weights else self.network
+        self.networks = list(dict.fromkeys((self.network, self.scored_network)))
+        self.teacher.model.eval()  # paper: unspecified (its mode); it sees the same augmented batch
         self.teacher_path = None
         self.scalars = {name: torch.zeros((), device=self.device)
                         for name in ("learning_rate", "momentum", "weight_decay", "alpha", "loss")}
@@ -315,7 +316,7 @@ class Trainer:
         self.network.sgd_step(scalars["learning_rate"], scalars["momentum"], scalars["weight_decay"])
         scalars["loss"].add_(loss.detach())
         if self.job.average_weights:
-            self.average.approach(self.network, 1 / (self.steps * self.job.epochs))
+            self.scored_network.approach(self.network, 1 / (self.steps * self.job.average_epochs))
 
     def _logits(self, network, images):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.precision == "bfloat16"):
@@ -330,7 +331,7 @@ class Trainer:
 
     def _score(self, individual):
         """Fitness and behaviour on the validation images; the test accuracy is recorded for comparison only."""
-        self.average.model.eval()
+        self.scored_network.model.eval()
         validation = yield from self._classified(self.data.validation, "validation")
         state = [x for n in self.networks for x in (n.weights, n.momentum, *n.model.buffers())]
         finite = bool(self.finite) and individual.loss is not None and all(x.isfinite().all() for x in state)
@@ -351,7 +352,7 @@ class Trainer:
             rows = (self.position + torch.arange(batch, device=self.device)).clamp(max=n - 1)
             self.position += batch
             images = normalize(image_set.images[rows], self.data.mean, self.data.std)
-            logits = self._logits(self.average, images)
+            logits = self._logits(self.scored_network, images)
             self.correct[rows] = logits.argmax(dim=1) == image_set.labels[rows]
             self.finite &= logits.isfinite().all()
 

@@ -51,6 +51,6 @@ def scalars(job, population):
         "fittest/training_loss": float("nan") if best["loss"] is None else best["loss"],
         "fittest/learning_rate": learning_rate(h, (best["generation"] + 1) * job.epochs - 1, job),  # of its last epoch
         "population/diverged": sum(m["diverged"] for m in population),
-        "population/losses_tried": tried, "population/epochs_trained": tried * job.epochs,
+        "population/evaluations": tried, "population/epochs_trained": tried * job.epochs,
     }
     return values | {f"{'theta' if name.startswith('theta') else 'fittest'}/{name}": x for name, x in h.items()}

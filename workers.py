@@ -5,8 +5,9 @@ parallelized" (Sec. 3.1). An evaluation is a function of its task alone, so a ru
 of workers. Weights travel through the run's folder (written once, read from the page cache), images through shared
 memory; only the task and the scores go through a pipe.
 
-On a CPU a worker is a process with a thread. A GPU has one process, and in it as many slots as pay: each a Trainer
-with a stream and captured graphs of its own, all replayed in turn by one thread.
+On a CPU a worker is a process, with one thread unless --threads says more; a single one is this process. A GPU has one
+process, and in it as many slots as pay: each a Trainer with a stream and captured graphs of its own, all replayed in turn
+by one thread.
 """
 
 import ctypes

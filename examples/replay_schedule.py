@@ -36,7 +36,8 @@ def main():
     torch.manual_seed(0)
     model = own_model.SmallNet(num_classes=10, in_channels=1)
     steps = len(labels) // schedule["batch_size"]
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / steps), use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / (steps * schedule["average_epochs"])),
+                            use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
     for epoch, loss_function in zip(schedule["epochs"], losses(schedule), strict=True):
         optimizer.param_groups[0].update(

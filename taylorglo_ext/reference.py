@@ -47,7 +47,7 @@ def reference_loss(
 def check_inputs(
     logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None, alpha: float | Tensor | None
 ) -> None:
-    """Raise the error that the fused operator raises for the same bad argument (taylorglo.h, ``check_inputs``)."""
+    """Raise the error that the fused operator raises for the same bad argument (inputs.h, ``check_inputs``)."""
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(f"logits: expected float64, float32, float16 or bfloat16, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[1] < 1:

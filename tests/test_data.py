@@ -614,6 +614,9 @@ def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
     assert f"{folder}: Found no valid file for the classes green." in line and "FOLDER/<class>/<image>" in line
 
     Image.new("RGB", (9, 9)).save(folder / "green" / "a.png")
+    assert f"{folder}: a fifth of the images is held out for the test, and that is all that green has" in error_line(
+        load_data, str(folder))
+    Image.new("RGB", (9, 9)).save(folder / "green" / "b.png")
     content = (folder / "red" / "3.png").read_bytes()
     for damaged in (content[:len(content) // 2], content[:20], b"", b"nothing"):
         (folder / "red" / "3.png").write_bytes(damaged)

@@ -16,7 +16,7 @@ from PIL import Image
 from config import PROTOCOLS
 from data import Augmentation, DataError, load_data, normalize
 from epbt import Config, checked_space, evolve, formula, main
-from evolution import MOMENTUM, SEARCH_SPACE, Variable, fittest, novelty_elites, pulse
+from evolution import MOMENTUM, SEARCH_SPACE, Variable, best_first, novelty_elites, pulse
 from models import make_model
 from options import ConfigError
 from records import read_log
@@ -120,10 +120,10 @@ def test_elites_are_the_fittest_or_where_novelty_selection_pulses_the_most_novel
         before = [result.everyone[m["id"]] for m in result.log[g - 1]["population"]]
         fitness = np.array([m.fitness for m in before])
         novel = novelty_elites(fitness, np.array([m.correct for m in before]), 6, 9)
-        expected = novel if pulse(g, 5, "pulsation") else fittest(fitness, 6)
+        expected = novel if pulse(g, 5, "pulsation") else best_first(fitness, 6)
         elites = {m["id"] for m in result.log[g]["population"] if m["elite"]}
         assert elites == {before[i].id for i in expected}
-        differ += set(novel) != set(fittest(fitness, 6))
+        differ += set(novel) != set(best_first(fitness, 6))
     assert differ > 10  # so that one could not pass for the other
 
 

@@ -13,9 +13,9 @@ from evolution import (
     Variable,
     as_array,
     as_dicts,
+    best_first,
     crossover,
     first_step,
-    fittest,
     initialize,
     mutate,
     novelty_elites,
@@ -248,8 +248,8 @@ def test_one_member_alone_has_no_mate():
 
 
 def test_the_fittest_come_best_first_and_ties_go_to_the_older():
-    assert fittest([0.2, 0.9, 0.2, 0.9, 0.5], 4).tolist() == [1, 3, 4, 0]
-    assert fittest([0.2, 0.9], 5).tolist() == [1, 0]
+    assert best_first([0.2, 0.9, 0.2, 0.9, 0.5], 4).tolist() == [1, 3, 4, 0]
+    assert best_first([0.2, 0.9], 5).tolist() == [1, 0]
 
 
 def test_eq_1_on_four_vectors():
@@ -325,14 +325,14 @@ def test_novelty_selection_does_not_depend_on_the_order_of_the_population():
             again = shuffled[novelty_elites(fitness[shuffled], behaviour[shuffled], k, m)]
             assert again.tolist() == chosen.tolist()
             assert chosen[0] == fitness.argmax() and len(set(chosen)) == k
-            assert set(chosen) <= set(fittest(fitness, m))
+            assert set(chosen) <= set(best_first(fitness, m))
 
 
 def test_the_cluster_rule_never_lets_the_closest_elites_be_closer_than_plain_novelty_would():
     for seed in range(200):
         r = rng(seed)
         behaviour, fitness = r.random((12, 16)) < r.random((12, 1)), r.permutation(12) / 12
-        scores, distance = novelty_scores(behaviour[order := fittest(fitness, 12)])
+        scores, distance = novelty_scores(behaviour[order := best_first(fitness, 12)])
         plain = order[1 + np.argsort(-scores[1:], kind="stable")[:4]]
         distance = distance[np.ix_(order.argsort(), order.argsort())]
         closest = [min(distance[pair] for pair in combinations(elites, 2))

@@ -203,7 +203,7 @@ def test_other_evolved_variables_are_drawn_too(tmp_path):
 
 def test_the_zoom_is_on_the_late_part_of_the_curves_that_end_near_the_top():
     def curve(*mean):
-        return range(5), list(mean), [1.0] * 5
+        return range(5), np.array(mean, dtype=float), np.ones(5)
 
     near, nearer, far = curve(10, 20, 30, 70, 90), curve(0, 0, 0, 80, 99), curve(0, 0, 0, 10, 20)
     margin = 0.05 * (100 - 69)

@@ -62,6 +62,10 @@ def test_a_loss_that_had_cross_entropy_added_is_replayed_with_it(finished, tmp_p
     path = tmp_path / "schedule.json"
     path.write_text(json.dumps(found | {"add_cross_entropy": True}))
     assert epbt.Config(replay=str(path)).resolved().add_cross_entropy
+    assert found["average_epochs"] == 2
+    assert epbt.Config(replay=str(path)).resolved().average_epochs() == 2  # though an epoch a generation
+    assert epbt.Config(replay=str(path), epochs=3).resolved().average_epochs() == 2
+    assert epbt.Config(epochs=3).resolved().average_epochs() == 3
     assert not epbt.Config(replay=str(finished)).resolved().add_cross_entropy
 
 
@@ -87,7 +91,8 @@ SCHEDULE = ('{"model": "resnet8", "batch_size": 8, "epochs": [{"learning_rate": 
 
 @pytest.mark.parametrize("content", [
     "", "{}", "[]", '{"model": "resnet8", "batch_size": 8, "epochs": []}', '{"epochs": [{"learning_rate": 1}]}',
-    SCHEDULE % (1, "[1]"), SCHEDULE % (-1, "null"), SCHEDULE % ("NaN", "null"), SCHEDULE % ('"1"', "null")])
+    SCHEDULE.replace('"epochs"', '"average_epochs": 0, "epochs"') % (1, "null"), SCHEDULE % (1, "[1]"),
+    SCHEDULE % (-1, "null"), SCHEDULE % ("NaN", "null"), SCHEDULE % ('"1"', "null")])
 def test_what_is_not_a_schedule_is_refused_in_one_line(content, tmp_path, capsys):
     path = tmp_path / "schedule.json"
     path.write_text(content)

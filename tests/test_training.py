@@ -328,7 +328,7 @@ def test_the_running_mean_of_the_weights_is_what_is_scored_inherited_and_taught(
         for weights in steps:
             mean = (3 * mean + weights) / 4
         steps.clear()
-        torch.testing.assert_close(trainer.average.weights, mean)
+        torch.testing.assert_close(trainer.scored_network.weights, mean)
         model = load_state(trainer.job, load_individual(t.path)[1])
         d = trainer.data
         images = (d.validation.images - d.mean[:, None, None]) / d.std[:, None, None]

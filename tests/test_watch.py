@@ -60,7 +60,7 @@ def test_every_generation_is_there_as_the_log_has_it(folder):
     expected = {
         FITNESS: [m["fitness"] for m in best], TEST: [m["test_accuracy"] for m in best],
         "fitness/median": list(map(median, fitness)), "fitness/worst": list(map(min, fitness)),
-        "population/losses_tried": [4, 6, 8], "population/epochs_trained": [8, 12, 16], "population/diverged": [0, 0, 0],
+        "population/evaluations": [4, 6, 8], "population/epochs_trained": [8, 12, 16], "population/diverged": [0, 0, 0],
         "theta/theta3": [m["hyperparameters"]["theta3"] for m in best],
         "fittest/momentum": [m["hyperparameters"]["momentum"] for m in best],
         "fittest/training_loss": [m["loss"] for m in best],
