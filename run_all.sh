@@ -14,6 +14,7 @@
 # Before any of them: SCALE=small runs it on the digits, three seeds; SEEDS="1 2" are its seeds.
 # Our own, on 2,000 images of Fashion-MNIST, an hour or two on two cores:
 #   ./run_all.sh fashion     Baseline 1, PBT, independent networks, EPBT, --preset best, and its schedules replayed
+#   ./run_all.sh digits      the digits with the paper's P = 40 and 25 generations of 8 epochs: an hour or two as well
 #   ./run_all.sh preset      --preset best on seeds that were not used to choose it, and what each of its parts is worth
 # After any of them:  --dry-run prints the commands and their cost and runs none.
 set -euo pipefail
@@ -173,11 +174,21 @@ preset() {
         best-last-weights best-decay best-fixed-cutout
 }
 
+digits() {
+    local protocol="--dataset digits --threads 1 --population 40 --generations 25 --epochs 8"
+    scale=digits
+    experiment baseline --method baseline $protocol
+    experiment epbt     --method epbt $protocol
+    experiment best     --method epbt $protocol --preset best
+    experiment pbt      --method pbt $protocol
+    draw "" baseline epbt best pbt
+}
+
 case $section in
     demo) setup; demo ;;
     test) setup; $python -m pytest -q "${@:2}" ;;
     lint) setup; $python -m ruff check . ;;
-    figure2|figure3|figure4|figure5|figure6|ablations|practice|fashion|preset) setup; $section ;;
+    figure2|figure3|figure4|figure5|figure6|ablations|practice|fashion|preset|digits) setup; $section ;;
     table1|table2) setup; tables $section ;;
     all) setup; tables table1; figure5; figure6; ablations; practice ;;
     *) sed -n '2,/^set -/{/^set -/!s/^# \{0,1\}//p}' "$0"; exit 2 ;;
