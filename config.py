@@ -178,7 +178,9 @@ class Config:
         lines = []
         if error := model_error(self.model):
             lines.append(f"--model: {error}")
-        if self.method == "epbt" and self.elites >= self.population:
+        if self.method == "epbt" and self.population < 2:
+            lines.append("--population must be at least 2 for --method epbt, not 1")
+        elif self.method == "epbt" and self.elites >= self.population:
             lines.append(f"--elites must be below --population ({self.population}), not {self.elites}")
         elif self.method == "epbt" and not self.elites <= self.novelty_candidates <= self.population:
             lines.append(f"--novelty-candidates must be from --elites ({self.elites}) to --population "

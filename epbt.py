@@ -132,6 +132,8 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
     if train is not None or test is not None:
         config = replace(config, dataset="custom")
     config = config.resolved()
+    if config.model.startswith("__main__:") and config.slots() != 1:
+        raise ConfigError("worker processes cannot find a make_model that is in no file: put it into one, or use workers=1")
     space = checked_space(config.search_space() if space is None else space)
     if config.slots() != 1 and config.backend == "processes":
         start_server()  # it has imported PyTorch by the time the data is read

@@ -153,17 +153,21 @@ def model_error(name: str) -> str | None:
 
 def mismatch(name, num_classes, shape):
     """One line that says why a model does not classify images of `shape` (channels, height, width), or None: two of them
-    are sent through it and back."""
+    are sent through it, evaluating and training, and back."""
     try:
         model = make_model(name, num_classes, shape[0], seed=0)
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
-            return f"model {name}: it has lazy layers, whose sizes must be given"
-        with torch.random.fork_rng(devices=[]):  # for dropout
-            logits = model(torch.zeros(2, *shape).to(memory_format=torch.channels_last))
-        shape_or_type = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        if shape_or_type != (2, num_classes):
-            return (f"model {name}: for 2 images of {num_classes} classes it must return a tensor (2, {num_classes}), not "
-                    f"{shape_or_type}")
+        for p in model.parameters():
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                return f"model {name}: it has lazy layers, whose sizes must be given"
+            if p.dtype != torch.float32:
+                return f"model {name}: its parameters must be float32, not {p.dtype}"
+        for training in (False, True):
+            with torch.random.fork_rng(devices=[]):  # for dropout
+                logits = model.train(training)(torch.zeros(2, *shape).to(memory_format=torch.channels_last))
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            if found != (2, num_classes):
+                return (f"model {name}: for 2 images of {num_classes} classes it must return a tensor (2, {num_classes}), "
+                        f"not {found}")
         logits.sum().backward()
     except Exception as error:  # whatever the user's model raises
         return (f"model {name}: it cannot be trained on images of {' x '.join(map(str, shape))} (channels, height, width): "
@@ -218,7 +222,7 @@ def factory_name(factory):
         raise ValueError("make_model must be a function or class at the top level of a module, called as "
                          f"make_model(num_classes=..., in_channels=...), not {what}")
     module, main = factory.__module__, sys.modules["__main__"]
-    if module == "__main__" and hasattr(main, "__file__"):  # of the script that is running, elsewhere a module
+    if module == "__main__" and os.path.isfile(getattr(main, "__file__", "")):  # of a script, elsewhere a module
         name = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
         if sys.modules.setdefault(name, main) is main:  # not to be carried out again here
             module = name

@@ -270,6 +270,7 @@ def refused(capsys, arguments):
     ("--population 0", "--population 1 0"),
     ("--population 2.5", "--population whole 2.5"),
     ("--population eight", "--population whole 'eight'"),
+    ("--population 1", "--population 2 epbt 1"),
     ("--population 8 --elites 8", "--elites --population 8"),
     ("--population 8 --elites 0", "--elites 1 0"),
     ("--population 8 --elites 4 --novelty-candidates 3", "--novelty-candidates --elites 4 --population 8 3"),
@@ -451,6 +452,15 @@ def test_a_model_that_does_not_fit_the_images_is_refused_before_the_run_begins(c
     line = refused(capsys, f"--model torchvision:vit_b_16 --loss-backend reference --out {tmp_path / 'run'}".split())
     assert "--model: model torchvision:vit_b_16: it cannot be trained on images of 1 x 8 x 8" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_a_script_without_a_file_needs_workers_1():
+    script = ("import torch, epbt\n"
+              "def make(num_classes, in_channels): pass\n"
+              "try: epbt.evolve(epbt.Config(workers=2, device='cpu'), make)\n"
+              "except epbt.ConfigError as error: print(error)\n")
+    done = subprocess.run([sys.executable, "-"], input=script, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert "workers=1" in done.stdout and done.stdout.count("\n") == 1, done.stderr
 
 
 def test_a_run_in_which_every_network_diverged_says_so(run_epbt, capsys):

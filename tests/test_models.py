@@ -32,6 +32,10 @@ def wrong(classes): return small(classes, 1)
 def nothing(num_classes, in_channels): return 42
 def lazy(num_classes, in_channels): return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
 def frozen(num_classes, in_channels): return small(num_classes, in_channels).requires_grad_(False)
+def double(num_classes, in_channels): return small(num_classes, in_channels).double()
+class OneAtATime(nn.Linear):
+    def __init__(self, num_classes, in_channels): super().__init__(8, num_classes)
+    def forward(self, x): return super().forward(x.mean((1, 2))) if self.training else x.mean((1, 2)).argmax(1)
 class Pair(nn.Linear):
     def __init__(self, num_classes, in_channels): super().__init__(8, num_classes)
     def forward(self, x): return x, super().forward(x)
@@ -191,6 +195,8 @@ def test_names_that_are_models(name):
     ("zoo.own_nets:small", (3, 8, 9), ["cannot be trained on images of 3 x 8 x 9", "RuntimeError: mat1 and mat2"]),
     ("zoo.own_nets:lazy", (3, 8, 8), ["lazy layers"]),
     ("zoo.own_nets:frozen", (3, 8, 8), ["does not require grad"]),
+    ("zoo.own_nets:double", (3, 8, 8), ["must be float32, not torch.float64"]),
+    ("zoo.own_nets:OneAtATime", (3, 8, 8), ["a tensor (2, 7), not (2,)"]),
     ("zoo.own_nets:Pair", (3, 8, 8), ["a tensor (2, 7), not tuple"]),
     ("zoo.own_nets:nothing", (3, 8, 8), ["returned int"]),
     ("torchvision:vit_b_16", (3, 32, 32), ["AssertionError: Wrong image height! Expected 224 but got 32!"]),
