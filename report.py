@@ -5,11 +5,12 @@
 
 import re
 import sys
+from bisect import bisect_left
 from html import escape
 from pathlib import Path
 
 import matplotlib
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import to_hex
 
 from config import SINGLE
 from figures import accounting, draw_run, load_started
@@ -71,8 +72,9 @@ def report(folder):
     if max(len(line["population"]) for line in run.log) > 1:
         sections.append(section(
             "Lineage of the population", lineage(run), "A column for each generation, the fittest on top: purple is "
-            "unfit, yellow fit, hollow diverged. Lines lead to parents, dashed ones to the same individual where it is "
-            "an elite; the thick one is the ancestry of the fittest. Point at an individual for its numbers.",
+            "unfit, yellow fit (by rank in the whole run), hollow diverged. Lines lead to parents, dashed ones to the same "
+            "individual where it is an elite; the thick one is the ancestry of the fittest. Point at an individual for its "
+            "numbers.",
             wide=True))
     if "losses" in figures:
         sections.append(section("Evolved losses", figures["losses"], CAPTIONS["losses"]))
@@ -140,8 +142,8 @@ def inline(drawing):
 
 def lineage(run):
     """The population's lineage as an <svg> element: generations in columns, individuals by fitness."""
-    fitness = [m["fitness"] for line in run.log for m in line["population"]]
-    norm, colours = Normalize(min(fitness), max(fitness)), matplotlib.colormaps["viridis"]
+    fitness = sorted(m["fitness"] for line in run.log for m in line["population"])
+    colours = matplotlib.colormaps["viridis"]  # by rank: the first generation is often far below all others
     dx, dy = 32, min(13, max(7, 260 // len(run.log[0]["population"])))
     where, links, dots = [], [], []  # where: for each generation {id: (x, y)}
     for column, line in enumerate(run.log):
@@ -153,7 +155,7 @@ def lineage(run):
             if column and (origin := where[column - 1].get(m["id"] if elite else m["parent"])):
                 dashes = " stroke-dasharray='2 2'" if elite else ""
                 links.append(f"<path d='M{origin[0]} {origin[1]}L{x} {y}'{dashes}/>")
-            colour = "var(--paper)" if m["diverged"] else to_hex(colours(norm(m["fitness"])))
+            colour = "var(--paper)" if m["diverged"] else to_hex(colours(bisect_left(fitness, m["fitness"]) / len(fitness)))
             dots.append(f"<circle cx='{x}' cy='{y}' r='{0.32 * dy:.1f}' fill='{colour}'><title>individual {m['id']}, "
                         f"trained in generation {m['generation']}: fitness {100 * m['fitness']:.2f} %, test accuracy "
                         f"{100 * m['test_accuracy']:.2f} %</title></circle>")

@@ -459,7 +459,8 @@ def test_a_model_of_a_script_without_a_file_needs_workers_1():
               "def make(num_classes, in_channels): pass\n"
               "try: epbt.evolve(epbt.Config(workers=2, device='cpu'), make)\n"
               "except epbt.ConfigError as error: print(error)\n")
-    done = subprocess.run([sys.executable, "-"], input=script, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-"], input=script, cwd=Path(__file__).parents[1], capture_output=True,
+                          text=True)
     assert "workers=1" in done.stdout and done.stdout.count("\n") == 1, done.stderr
 
 
