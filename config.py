@@ -113,9 +113,11 @@ class Config:
                                           "weights over a generation; not in the paper", otherwise=BY_PRESET)
     validation: int | None = option("data", None, "training images held out for the fitness, Sec. 4", low=1,
                                     otherwise=BY_DATA)
-    enlarge: int | None = option("data", None, "augmented copies of each of them, Sec. 4.1", low=1, otherwise=BY_DATA)
+    enlarge: int | None = option("data", None, "augmented copies of each of them, Sec. 4.1", low=1, high=1000,
+                                 otherwise=BY_DATA)
     limit: int | None = option("data", None, "use only so many training images", low=2, otherwise="all")
-    image_size: int = option("data", 32, "side in pixels to which the images of a folder are resized", low=8)
+    image_size: int = option("data", 32, "side in pixels to which the images of a folder are resized", low=8,
+                             high=2048)
     data_root: str | None = option("data", None, "where the data sets are", runtime=True,
                                    otherwise="$EPBT_DATA or ./data")
     download: bool = option("data", False, "fetch the data set if it is missing", runtime=True)

@@ -165,6 +165,10 @@ class Trainer:
                                    device=self.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
 
+    def _set(self, name, value):
+        # fill_ would raise for a number beyond float32; copied, it makes a network diverge like any that is too high.
+        self.scalars[name].copy_(torch.tensor(value, dtype=torch.float64))
+
     def _new_model(self, seed):
         return make_model(self.job.model, self.data.num_classes, self.data.channels, seed)
 
@@ -183,7 +187,7 @@ class Trainer:
         step = self._training_step(h, task.teacher is not None)
         # For models with dropout, which draw from PyTorch's generators; so does the warm-up before a capture.
         torch.manual_seed(seed)
-        self.scalars["alpha"].fill_(task.alpha)
+        self._set("alpha", task.alpha)
         self._load(task)
         individual.loss = finite_or_none((yield from self._train(step, individual.generation, h, rng)))
         yield from self._score(individual)
@@ -233,7 +237,7 @@ class Trainer:
         if self.loss_is_taylorglo:
             self.taylorglo.theta.copy_(torch.from_numpy(scaled_theta(h, self.job)))
         for name in ("momentum", "weight_decay"):
-            self.scalars[name].fill_(h[name])
+            self._set(name, h[name])
         self.cutout.fill_(self.augmentation.cutout)
         return step
 
@@ -270,9 +274,7 @@ class Trainer:
         loss = float("nan")
         for epoch in range(self.job.epochs):
             # paper: unspecified: the clock is the generation's, also for the child of an old elite.
-            rate = learning_rate(h, generation * self.job.epochs + epoch, self.job)
-            # Copied, since fill_ raises for a rate beyond float32; this one diverges like any that is too high.
-            self.scalars["learning_rate"].copy_(torch.tensor(rate, dtype=torch.float64))
+            self._set("learning_rate", learning_rate(h, generation * self.job.epochs + epoch, self.job))
             loss = yield from self.train_epoch(step, rng)
             if finite_or_none(loss) is None:
                 break

@@ -296,6 +296,8 @@ def refused(capsys, arguments):
     ("--limit 300 --validation 300", "--validation 300 299"),
     ("--limit 5000", "--limit 5000 1437"),
     ("--enlarge 0", "--enlarge 1 0"),
+    ("--enlarge 1000000000", "--enlarge at most 1000"),
+    ("--image-size 1000000", "--image-size at most 2048"),
     ("--seed -1", "--seed 0 -1"),
     ("--workers 0", "--workers 1 0"),
     ("--threads 0", "--threads 1 0"),

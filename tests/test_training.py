@@ -442,10 +442,11 @@ def test_whoever_is_not_finite_has_diverged_and_is_right_nowhere(where, tmp_path
     assert individual.fitness == individual.correct.mean() == (0 if individual.diverged else individual.fitness)
 
 
-def test_training_that_explodes_ends_at_once_and_the_next_individual_is_unharmed(tmp_path):
+@pytest.mark.parametrize("too_high", [{"lr_scale": 1e30}, {"lr_scale": 1e300}, {"weight_decay": 1e300}])
+def test_training_that_explodes_ends_at_once_and_the_next_individual_is_unharmed(too_high, tmp_path):
     trainer = Trainer(job("Whimsical", epochs=4))
     healthy = outcome(trainer, task(tmp_path, h=TAYLORGLO))
-    individual = trainer.evaluate(task(tmp_path, id=1, h={**TAYLORGLO, "lr_scale": 1e30}))
+    individual = trainer.evaluate(task(tmp_path, id=1, h={**TAYLORGLO, **too_high}))
     assert individual.diverged and individual.loss is None and individual.fitness == 0 and not individual.correct.any()
     assert trainer.network.model.bn.num_batches_tracked == 2  # one epoch of four
     child = trainer.evaluate(task(tmp_path, id=2, parent=1, generation=1, h=TAYLORGLO))
