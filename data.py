@@ -217,7 +217,8 @@ def read_folder(folder, size):
         parts = {entry.name for entry in folder.iterdir() if entry.is_dir()}
     except OSError as error:
         raise DataError(f"cannot read the folder {folder} ({error.strerror})") from error
-    if parts and {part.lower() for part in parts} <= SPLITS and parts != {"train", "test"}:
+    splits = {"train", "test"} < parts or parts and {part.lower() for part in parts} <= SPLITS
+    if splits and parts != {"train", "test"}:
         raise DataError(f"{folder} has the subfolders {', '.join(sorted(parts))}; accepted are FOLDER/<class>/<image>, or "
                         "FOLDER/train and FOLDER/test, each of that kind; validation images are taken from train")
     if parts != {"train", "test"}:
@@ -247,7 +248,7 @@ def read_image_folder(folder, size):
     def decode(path):
         try:
             with Image.open(path) as image:
-                return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+                return np.asarray(eight_bit(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
         except Exception as error:  # Pillow's decoders raise errors of many kinds
             raise DataError(f"cannot read the image {path} ({one_line(error)})") from error
 
@@ -259,6 +260,13 @@ def read_image_folder(folder, size):
         for i, image in enumerate(progress(pool.map(decode, paths), len(paths), str(folder))):
             images[i] = image
     return images.transpose(0, 3, 1, 2), np.array(listing.targets), tuple(listing.classes)
+
+
+def eight_bit(image):
+    """The same image; raises DataError for more than 8 bits, which Pillow would cut off: a 16-bit image becomes white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        raise DataError(f"its pixels are of Pillow's mode {image.mode}; accepted are 8-bit images")
+    return image
 
 
 def progress(items, total, title):
@@ -432,7 +440,7 @@ def read_dataset(dataset, part):
     for i in progress(range(len(dataset)), len(dataset), f"{part} images"):
         image, label = dataset[i]
         if isinstance(image, Image.Image):
-            image = np.array(image if image.mode == "L" else image.convert("RGB"))
+            image = np.array(image if eight_bit(image).mode == "L" else image.convert("RGB"))
             image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
         images.append(to_uint8(torch.as_tensor(image), part))
         labels.append(int(label))

@@ -173,6 +173,7 @@ def make_job(config, data):
 
 def checked_space(space):
     """The same variables; raises ConfigError if training does not apply one, or has one twice."""
+    space = tuple(space)
     names = [v.name for v in space]
     lines = [f"no hyperparameter is called {name!r}{nearest(name, HYPERPARAMETERS)}; accepted are "
              f"{', '.join(HYPERPARAMETERS)}" for name in names if name not in HYPERPARAMETERS]
@@ -182,7 +183,7 @@ def checked_space(space):
         lines.append(f"the evolved variables have {theta} of the eight thetas; they must have all or none")
     if lines:
         raise ConfigError("\n".join(lines))
-    return tuple(space)
+    return space
 
 
 def read_data(config, train, test):

@@ -37,7 +37,7 @@ PAGE = """<!DOCTYPE html>
 }}
 body {{ margin: 0 auto; padding: 1rem; max-width: 76rem; font: 1rem/1.5 system-ui, sans-serif;
        color: var(--ink); background: var(--paper); }}
-h1 {{ font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0 0; }}
+h1 {{ font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0 0; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.1rem; margin: 0 0 0.5rem; }}
 p {{ margin: 0.25rem 0; color: var(--soft); }}
 main {{ display: grid; gap: 2rem; margin-top: 1.5rem;

@@ -600,6 +600,14 @@ def test_folder_of_other_image_modes(tmp_path):
     assert len(load_data(str(tmp_path)).test) == 3
 
 
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    deep = Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16))
+    assert "mode I;16; accepted are 8-bit images" in error_line(make_data, Listed([deep], [0]), Listed([deep], [0]))
+    write_folder(tmp_path)
+    deep.save(tmp_path / "red" / "3.png")
+    assert f"cannot read the image {tmp_path}/red/3.png (its pixels are of" in error_line(load_data, str(tmp_path))
+
+
 def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -638,7 +646,8 @@ def test_folder_splits_with_different_classes(tmp_path):
     assert "same classes; only one of them has blue, green" in error_line(load_data, str(tmp_path))
 
 
-@pytest.mark.parametrize("parts", [["train", "val"], ["train", "test", "valid"], ["train"], ["Test", "Train"]])
+@pytest.mark.parametrize("parts", [["train", "val"], ["train", "test", "valid"], ["train"], ["Test", "Train"],
+                                   ["red", "test", "train"]])
 def test_a_split_is_not_taken_for_a_class(parts, tmp_path):
     for part in parts:
         write_folder(tmp_path / part, ["red", "green"])

@@ -495,6 +495,8 @@ def test_weight_decay_is_evolved_with_one_line_more(run_epbt, monkeypatch):
 ])
 def test_a_search_space_that_training_cannot_apply_is_refused(space, message):
     with pytest.raises(ConfigError, match=message):
+        checked_space(v for v in space)
+    with pytest.raises(ConfigError, match=message):
         checked_space(space)
 
 
