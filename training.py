@@ -73,13 +73,16 @@ class Network:
 
     def __init__(self, model, device):
         self.model = model.to(device, memory_format=torch.channels_last)
-        parameters, buffers = list(model.parameters()), dict(model.named_buffers())
+        parameters = sorted(model.parameters(), key=lambda p: not p.requires_grad)  # frozen ones last
+        buffers = dict(model.named_buffers())
         n = sum(p.numel() for p in parameters)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
         sizes = [-(-b.numel() * b.element_size() // 8) * 8 for b in buffers.values()]  # each starts at 8 bytes
         self.state = torch.zeros(8 * n + sum(sizes), dtype=torch.uint8, device=device)
         learned, *rest = self.state.split([8 * n, *sizes])
         self.weights, self.momentum = learned.view(torch.float32).chunk(2)
         self.gradient = torch.zeros_like(self.weights)
+        self.trained = self.weights[:trained], self.momentum[:trained], self.gradient[:trained]
         offset = 0
         for p in parameters:
             p.data = self._place(p, self.weights, offset).copy_(p.detach())
@@ -110,9 +113,10 @@ class Network:
 
         The three are 0-d tensors on the device. torch.optim.SGD itself takes momentum as a Python number, which a
         captured CUDA graph would freeze."""
-        self.gradient.addcmul_(self.weights, weight_decay)
-        self.momentum.mul_(momentum).add_(self.gradient)
-        self.weights.addcmul_(self.momentum, learning_rate, value=-1)
+        weights, velocity, gradient = self.trained
+        gradient.addcmul_(weights, weight_decay)
+        velocity.mul_(momentum).add_(gradient)
+        weights.addcmul_(velocity, learning_rate, value=-1)
 
     @torch.no_grad()
     def approach(self, other, weight):

@@ -93,6 +93,13 @@ def stripes(n, seed):
     return images.astype(np.uint8), labels
 
 
+def Frozen(num_classes, in_channels):
+    """Its first parameter is not trained, so weight decay must leave it alone."""
+    model = Small(num_classes, in_channels)
+    next(model.parameters()).requires_grad_(False)
+    return model
+
+
 def data(test=None, **settings):
     settings = {"validation": 24, "augmentation": Augmentation(flip=True, shift=1, cutout=2), **settings}
     return make_data(stripes(96, 0), test or stripes(30, 1), **settings)  # 72 train, 24 validate
@@ -137,7 +144,7 @@ def test_two_sgd_steps_by_hand():
 
 
 @pytest.mark.parametrize("momentum, weight_decay", [(0.0, 0.0), (0.9, 0.0), (0.9, 1e-2)])
-@pytest.mark.parametrize("name", ["resnet8", "test_training:Small", "test_training:Tied"])
+@pytest.mark.parametrize("name", ["resnet8", "test_training:Small", "test_training:Tied", "test_training:Frozen"])
 def test_a_network_trains_as_the_plain_model_does_under_torch_optim_sgd(name, momentum, weight_decay):
     plain = make_model(name, 3, 1, seed=5).to(memory_format=torch.channels_last)
     network = Network(make_model(name, 3, 1, seed=5), "cpu")
