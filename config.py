@@ -44,7 +44,7 @@ PRESETS = {
     "best": dict(distillation=0.0, theta_range=1.0, add_cross_entropy=True, average_weights=True, milestones=(),
                  high_rates=True, evolve_cutout=True),
 }
-SINGLE = ("baseline", "replay")  # methods of one network
+SINGLE = ("baseline", "replay")  # methods of one network, which trains on the validation images too (Sec. 4.1)
 ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start from a parent that did not train lately
 
 
@@ -104,7 +104,7 @@ class Config:
     learning_rate: float = option("training", 0.1, "before scale and decay, Sec. 4.1", above=0)
     milestones: tuple[float, ...] | None = option("training", None, "fractions of the run at which the learning rate "
                                                   "decays, Sec. 4.1", low=0, high=1,
-                                               otherwise=f"{BY_DATA}; none with --preset best")
+                                                  otherwise=f"{BY_DATA}; none with --preset best")
     lr_decay: float | None = option("training", None, "what divides it there, where that is not evolved, Sec. 4.1",
                                     above=0, otherwise=BY_DATA)
     momentum: float = option("training", 0.9, "where it is not evolved, Sec. 4.1", low=0, high=1)
@@ -161,7 +161,7 @@ class Config:
         for name, value in {**protocol, **PRESETS[c.preset]}.items():
             if getattr(c, name) is None:
                 setattr(c, name, value)
-        if c.stands_alone():
+        if c.method in SINGLE:
             c.population = 1
         cores = len(os.sched_getaffinity(0))
         c.elites = c.elites or max(1, c.population // ELITES[c.preset])
@@ -202,10 +202,6 @@ class Config:
         if self.resume and self.overwrite:
             lines.append("--resume and --overwrite exclude each other")
         return lines
-
-    def stands_alone(self):
-        """Whether one network stands alone, and trains on the validation images as well (Sec. 4.1, Baseline 1)."""
-        return self.method in SINGLE
 
     def average_epochs(self):
         """Over about how many epochs average_weights averages: a generation's, in a replay that of the replayed run."""

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import taylorglo_ext
 from baselines import independent, pbt
+from config import SINGLE, parse
 from config import Config as Config  # for `from epbt import Config, evolve`
-from config import parse
 from data import Data, DataError, load_data, make_data
 from evolution import (
     as_array,
@@ -188,7 +188,7 @@ def checked_space(space):
 
 def read_data(config, train, test):
     """The data of a run; networks that stand alone train on the validation images as well (Sec. 4.1, Baseline 1)."""
-    shared = dict(seed=config.seed, validation=config.validation, train_on_all=config.stands_alone(),
+    shared = dict(seed=config.seed, validation=config.validation, train_on_all=config.method in SINGLE,
                   limit=config.limit)
     if train is not None or test is not None:
         return make_data(train, test, enlarge=config.enlarge or 1, **shared)
@@ -240,7 +240,7 @@ def formula(h):
 
 def print_outcome(config, summary):
     best, h = summary["best"], summary["best"]["hyperparameters"]
-    on = " (on images it was trained on)" if config.stands_alone() else ""
+    on = " (on images it was trained on)" if config.method in SINGLE else ""
     print(f"\nbest individual {best['id']}: fitness {best['fitness']:.4f}{on}, test accuracy {best['test_accuracy']:.4f}")
     if best["diverged"]:
         print("every network diverged: its weights are not finite; a lower --learning-rate may help")

@@ -49,7 +49,8 @@ def read_schedule(path):
         found = json.loads(path.read_text())
         if not isinstance(found["model"], str) or not isinstance(found["batch_size"], int) or not found["epochs"]:
             raise ValueError("its model, its batch size or its epochs are missing")
-        if not isinstance(found.get("average_epochs", 1), int) or found.get("average_epochs", 1) < 1:
+        average_epochs = found.get("average_epochs", 1)
+        if not isinstance(average_epochs, int) or average_epochs < 1:
             raise ValueError("average_epochs is not a whole number from 1 on")
         for epoch in found["epochs"]:
             theta = epoch["theta"]
