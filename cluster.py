@@ -31,7 +31,7 @@ class RayPool:
             refuse_silent(address)
         own = dict(include_dashboard=False, num_cpus=count and count * job.threads) if address is None else {}
         try:
-            ray.init(address=address, log_to_driver=False,
+            ray.init(address=address or "local", log_to_driver=False,
                      runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "

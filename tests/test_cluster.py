@@ -42,7 +42,8 @@ def cluster():
     cluster.shutdown()
 
 
-def test_a_cluster_started_for_the_run_gives_the_same_bytes(alone, tmp_path):
+def test_a_cluster_started_for_the_run_gives_the_same_bytes(alone, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # without --ray-address, no cluster is looked for
     assert log_of(tmp_path / "run", backend="ray", workers=2) == alone
     assert not ray.is_initialized()
 
@@ -80,11 +81,13 @@ def test_an_address_where_no_cluster_is_is_told_in_one_line(tmp_path):
 
 
 class Deadly(torch.nn.Flatten):
-    """A model that kills the process that trains it."""
+    """A model that passes the check with two images before the run, and kills the process that trains it."""
 
     def __init__(self, num_classes, in_channels):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if len(x) > 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)[:, :10] * self.weight
