@@ -17,12 +17,12 @@ PERTURBATION = 1.2  # Sec. 4.1
 RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is Ray Tune's default
 
 
-def independent(config, space, classes, workers, run):
+def independent(config, space, data, workers, run):
     """Baseline 1 (one network, nothing drawn), or a population of networks with random hyperparameters."""
     yield from train_on(config, space, workers, run, replace=lambda h, fitness, rng: (np.arange(len(h)), h))
 
 
-def pbt(config, space, classes, workers, run):
+def pbt(config, space, data, workers, run):
     """Baseline 2: after each generation, truncation selection, then perturbation of what was copied."""
     def replace(h, fitness, rng):
         return exploit_and_explore(h, fitness, space, rng)

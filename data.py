@@ -6,6 +6,7 @@ the validation images enlarged and the statistics for normalisation taken. Train
 
 import gzip
 import hashlib
+import operator
 import os
 import zlib
 from collections.abc import Callable
@@ -214,7 +215,7 @@ def one_line(error):
 def read_folder(folder, size):
     """FOLDER/<class>/<image>, a fifth of it held out; or FOLDER/train and FOLDER/test, each of that kind."""
     try:
-        parts = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+        parts = {entry.name for entry in folder.iterdir() if entry.is_dir() and not hidden(entry.name)}
     except OSError as error:
         raise DataError(f"cannot read the folder {folder} ({error.strerror})") from error
     splits = {"train", "test"} < parts or parts and {part.lower() for part in parts} <= SPLITS
@@ -240,9 +241,14 @@ def read_image_folder(folder, size):
     """Images (N, 3, size, size) uint8, labels (N,) int64 and class names, as in torchvision's ImageFolder."""
     from torchvision.datasets import ImageFolder
 
+    class VisibleFolder(ImageFolder):
+        def find_classes(self, directory):
+            names = [name for name in super().find_classes(directory)[0] if not hidden(name)]
+            return names, {name: i for i, name in enumerate(names)}
+
     try:
-        listing = ImageFolder(folder)
-    except OSError as error:  # a class without images, or no class at all
+        listing = VisibleFolder(folder)
+    except (OSError, ValueError) as error:  # a class without images, or no class at all
         raise DataError(f"{folder}: {one_line(error)} Accepted is FOLDER/<class>/<image>") from error
 
     def decode(path):
@@ -260,6 +266,11 @@ def read_image_folder(folder, size):
         for i, image in enumerate(progress(pool.map(decode, paths), len(paths), str(folder))):
             images[i] = image
     return images.transpose(0, 3, 1, 2), np.array(listing.targets), tuple(listing.classes)
+
+
+def hidden(name):
+    """Whether a subfolder is no class but, like .ipynb_checkpoints, a tool's."""
+    return name.startswith(".")
 
 
 def eight_bit(image):
@@ -333,16 +344,21 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
 
     train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style torch Dataset of
         (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL images.
-    class_names: None is the Dataset's `classes`, or the numbers up to the highest label of `train`.
+    class_names: None is the list `classes` of the Dataset, or the numbers up to the highest label of `train`.
     validation: how many images of `train` are held out to measure the fitness; None is a tenth.
     enlarge: so many augmented copies are made of each validation image (Sec. 4.1); 1 leaves them as they are.
     train_on_all: train on the validation images as well, as Baseline 1 does (Sec. 4.1).
     limit: how many images of `train` are used, validation included; None is all.
     The split and the copies are functions of `seed`. Raises DataError.
     """
-    class_names = class_names or getattr(train, "classes", None)
+    listed = getattr(train, "classes", None)
+    class_names = class_names or (listed if isinstance(listed, list | tuple) else None)
     train, test = read_images(train, "training"), read_images(test, "test")
-    class_names = tuple(class_names or map(str, range(int(train.labels.max()) + 1)))
+    highest = int(train.labels.max())
+    if not class_names and highest >= len(train):
+        raise DataError(f"the training labels go up to {highest}, of {len(train)} images; they must number the classes "
+                        "from 0 on")
+    class_names = tuple(map(str, class_names or range(highest + 1)))
     limit = len(train) if limit is None else limit
     validation = max(1, limit // 10) if validation is None else validation
     augmentation = augmentation or Augmentation()
@@ -416,8 +432,7 @@ def enlarged(image_set, copies, augmentation, mean, std, rng):
 def read_images(source, part):
     """The ImageSet of a source as `make_data` accepts it; `part` names it in errors."""
     if isinstance(source, tuple | list) and len(source) == 2:
-        images, labels = (torch.as_tensor(array).cpu() for array in source)
-        images = to_uint8(images, part)
+        images, labels = to_uint8(as_tensor(source[0], f"{part} images"), part), as_tensor(source[1], f"{part} labels")
     elif hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, NO_DATASETS):
         images, labels = read_dataset(source, part)
     else:
@@ -429,7 +444,7 @@ def read_images(source, part):
     if images.shape[3] in (1, 3) and images.shape[1] == images.shape[2] > 3:
         raise DataError(f"the {part} images have the shape {tuple(images.shape)}: channels last; accepted are (N, "
                         "channels, height, width), which images.permute(0, 3, 1, 2) gives")
-    if labels.is_floating_point():
+    if labels.is_floating_point() or labels.is_complex():
         raise DataError(f"the {part} labels are {labels.dtype}; they must be whole numbers")
     return ImageSet(images, labels.long())
 
@@ -438,16 +453,28 @@ def read_dataset(dataset, part):
     """Images and labels of a map-style Dataset."""
     images, labels = [], []
     for i in progress(range(len(dataset)), len(dataset), f"{part} images"):
-        image, label = dataset[i]
+        try:
+            image, label = dataset[i]
+            labels.append(operator.index(label))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{part} item {i} is not a pair (image, whole number): {one_line(error)}") from error
         if isinstance(image, Image.Image):
             image = np.array(image if eight_bit(image).mode == "L" else image.convert("RGB"))
             image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
-        images.append(to_uint8(torch.as_tensor(image), part))
-        labels.append(int(label))
+        images.append(to_uint8(as_tensor(image, f"{part} image {i}"), part))
         if images[i].shape != images[0].shape:
             raise DataError(f"{part} image {i} has the shape {tuple(images[i].shape)}, the first one "
                             f"{tuple(images[0].shape)}; all must have the same (channels, height, width)")
     return torch.stack(images) if images else torch.empty(0), torch.tensor(labels)
+
+
+def as_tensor(array, what):
+    if isinstance(array, torch.Tensor):
+        return array.cpu()
+    try:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what}: accepted are numbers in a tensor or an array ({one_line(error)})") from error
 
 
 def to_uint8(images, part):

@@ -52,19 +52,19 @@ from watch import watched
 from workers import Workers, make_pool, start_server
 
 
-def epbt(config, space, classes, workers, run):
+def epbt(config, space, data, workers, run):
     """Algorithm 1. A generator: yields (generation, M) at the end of each generation.
 
-    space: the evolved variables; classes: how many the data has; workers and run: where individuals are evaluated and
-    recorded. paper: unspecified: the initial individuals are evaluated in generation 0, since until then there is no
-    fitness to select by; so P + (n - 1)(P - k) losses are tried, the 520 of Sec. 5.2.
+    space: the evolved variables; data: what is learned; workers and run: where individuals are evaluated and recorded.
+    paper: unspecified: the initial individuals are evaluated in generation 0, since until then there is no fitness to
+    select by; so P + (n - 1)(P - k) losses are tried, the 520 of Sec. 5.2.
     """
     M = run.population
     for g in range(run.generations, config.generations):
         rng = random_stream("evolution", config.seed, g)
         alive = [m for m in M if not m.diverged]
         if not alive:  # Sec. 3.2, Initialization; paper: unspecified: again, should a whole generation have diverged
-            h = initialize(space, config.population, rng, classes if config.viable_init else None)
+            h = initialize(space, config.population, rng, data.num_classes if config.viable_init else None)
             elites, N = [], newborn(M, g, as_dicts(space, h))
             teacher, alpha = None, 0.0
         else:
@@ -147,7 +147,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
     with (RunFolder(config.out, identity, config.resume, config.overwrite) as folder,
           tqdm(total=config.evaluations(), initial=folder.evaluated(), unit=" networks", disable=None) as bar,
           Workers(make_pool(job, config.slots(), config.backend, config.ray_address), folder, bar) as workers):
-        best, generations = None, METHODS[config.method](config, space, data.num_classes, workers, folder)
+        best, generations = None, METHODS[config.method](config, space, data, workers, folder)
         for g, population in watched(generations, config, job, folder) if config.tensorboard else generations:
             with bar.external_write_mode():
                 line = progress_line(config, g, population, folder.evaluated())

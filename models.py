@@ -152,8 +152,8 @@ def model_error(name: str) -> str | None:
 
 
 def mismatch(name, num_classes, shape):
-    """One line that says why a model does not classify images of `shape` (channels, height, width), or None: two of them
-    are sent through it, evaluating and training, and back."""
+    """One line that says why a model cannot be trained on images of `shape` (channels, height, width), or None: two of
+    them are sent through it, evaluating and training, and back."""
     try:
         model = make_model(name, num_classes, shape[0], seed=0)
         for p in model.parameters():
@@ -161,6 +161,7 @@ def mismatch(name, num_classes, shape):
                 return f"model {name}: it has lazy layers, whose sizes must be given"
             if p.dtype != torch.float32:
                 return f"model {name}: its parameters must be float32, not {p.dtype}"
+        buffers = dict(model.named_buffers())
         for training in (False, True):
             with torch.random.fork_rng(devices=[]):  # for dropout
                 logits = model.train(training)(torch.zeros(2, *shape).to(memory_format=torch.channels_last))
@@ -169,6 +170,9 @@ def mismatch(name, num_classes, shape):
                 return (f"model {name}: for 2 images of {num_classes} classes it must return a tensor (2, {num_classes}), "
                         f"not {found}")
         logits.sum().backward()
+        if replaced := [n for n, b in model.named_buffers() if buffers.get(n) is not b]:
+            return (f"model {name}: its forward() replaces the buffer {replaced[0]}, so that no child would inherit it; it "
+                    "must fill it, as with copy_()")
     except Exception as error:  # whatever the user's model raises
         return (f"model {name}: it cannot be trained on images of {' x '.join(map(str, shape))} (channels, height, width): "
                 f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -224,6 +228,9 @@ def factory_name(factory):
     module, main = factory.__module__, sys.modules["__main__"]
     if module == "__main__" and os.path.isfile(getattr(main, "__file__", "")):  # of a script, elsewhere a module
         name = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
+        if "." in name and not main.__spec__:
+            raise ValueError(f"make_model is in {Path(main.__file__).name}, which cannot be imported: there must be no dot "
+                             "before .py")
         if sys.modules.setdefault(name, main) is main:  # not to be carried out again here
             module = name
     return f"{module}:{factory.__qualname__}"

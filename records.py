@@ -198,6 +198,9 @@ class RunFolder:
         self.individuals = self.path / "individuals"
         self.config, self.log, self.timing = json.dumps(config, indent=2) + "\n", "", ""
         with one_line(f"write to {self.path}"):
+            if not (overwrite or begun(self.path)) and (foreign := self._for_people()):
+                raise RunError(f"{self.path} holds {foreign[0].name}, and no run: choose another --out, or have it "
+                               "replaced with --overwrite")
             self._lock()
             if overwrite or not (resume or begun(self.path)):
                 self._clear()
@@ -236,11 +239,14 @@ class RunFolder:
     def _clear(self):
         """Forget a run, and nothing that is not of it. The config goes first: while it is there, individuals/ is of that
         config, even if damage leaves no checkpoint."""
-        files = [path for name in FOR_PEOPLE for path in self.path.glob(name)] if begun(self.path) else []
+        files = self._for_people() if begun(self.path) else []
         for old in [*files, *checkpoints(self.path)]:
             delete(old)
         for old in self.individuals.glob("*.ckpt"):
             delete(old)
+
+    def _for_people(self):
+        return [path for name in FOR_PEOPLE for path in self.path.glob(name)]
 
     def individual_path(self, id):
         return self.individuals / f"{id:06d}.ckpt"

@@ -12,6 +12,7 @@ from records import Individual, RunError, fittest
 from training import learning_rate, scaled_theta
 
 SCHEDULE = "schedule.json"
+OPTIONAL = ("average_epochs", "image_size")  # they may be missing
 NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
 
 
@@ -25,10 +26,10 @@ def ancestry(log):
 
 
 def schedule(config, job, log):
-    """The winner's schedule: {"dataset", "model", "batch_size", "add_cross_entropy": whether it is added to each loss,
-    "average_weights": whether the running mean of the weights is what counts, "average_epochs": over about how many,
-    "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout", "theta": eight numbers, or None for cross-entropy},
-    ...]}. taylorglo_ext.losses makes losses of it."""
+    """The winner's schedule: {"dataset", "image_size": the lesser of height and width in pixels, "model", "batch_size",
+    "add_cross_entropy": whether it is added to each loss, "average_weights": whether the running mean of the weights is
+    what counts, "average_epochs": over about how many, "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout",
+    "theta": eight numbers, or None for cross-entropy}, ...]}. taylorglo_ext.losses makes losses of it."""
     epochs = []
     for ancestor in ancestry(log):
         h = {**job.fixed, **ancestor["hyperparameters"]}
@@ -36,9 +37,9 @@ def schedule(config, job, log):
         epochs += [dict(learning_rate=learning_rate(h, ancestor["generation"] * job.epochs + e, job),
                         momentum=h["momentum"], weight_decay=h["weight_decay"], cutout=h["cutout"], theta=theta)
                    for e in range(job.epochs)]
-    return dict(dataset=config.dataset, model=config.model, batch_size=config.batch_size,
-                add_cross_entropy=job.add_cross_entropy, average_weights=job.average_weights,
-                average_epochs=job.average_epochs, epochs=epochs)
+    return dict(dataset=config.dataset, image_size=min(job.data.height, job.data.width), model=config.model,
+                batch_size=config.batch_size, add_cross_entropy=job.add_cross_entropy,
+                average_weights=job.average_weights, average_epochs=job.average_epochs, epochs=epochs)
 
 
 def read_schedule(path):
@@ -47,17 +48,17 @@ def read_schedule(path):
     path = path / SCHEDULE if path.is_dir() else path
     try:
         found = json.loads(path.read_text())
-        if not isinstance(found["model"], str) or not isinstance(found["batch_size"], int) or not found["epochs"]:
-            raise ValueError("its model, its batch size or its epochs are missing")
-        average_epochs = found.get("average_epochs", 1)
-        if not isinstance(average_epochs, int) or average_epochs < 1:
-            raise ValueError("average_epochs is not a whole number from 1 on")
+        if not all(isinstance(name, str) for name in (found["model"], found.get("dataset", ""))) or not found["epochs"]:
+            raise ValueError("its model, its data set or its epochs are missing")
+        for name, value in (("batch_size", found["batch_size"]), *((n, found.get(n, 1)) for n in OPTIONAL)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is not a whole number from 1 on")
         for epoch in found["epochs"]:
             theta = epoch["theta"]
             numbers = [*(epoch[name] for name in NUMBERS), *(theta or [])]
             if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or (
-                    theta is not None and len(theta) != 8 or min(numbers[:4]) < 0):
-                raise ValueError("an epoch is not four numbers from 0 on and eight thetas")
+                    theta is not None and len(theta) != 8 or min(numbers[:4]) < 0 or epoch["momentum"] > 1):
+                raise ValueError("an epoch is not four numbers from 0 on, the momentum up to 1, and eight thetas")
     except OSError as error:
         raise RunError(f"cannot read {path}, the schedule of a finished run: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -65,15 +66,17 @@ def read_schedule(path):
     return found
 
 
-def replay(config, space, classes, workers, run):
+def replay(config, space, data, workers, run):
     """One new network under a schedule, which is stretched to this run's number of epochs. Each generation, of one epoch if
-    --epochs does not say more, is trained as the schedule is at its beginning."""
-    epochs = read_schedule(config.replay)["epochs"]
+    --epochs does not say more, is trained as the schedule is at its beginning. Cutouts keep their share of the image."""
+    recorded = read_schedule(config.replay)
+    epochs, side = recorded["epochs"], min(data.height, data.width)
+    scale = side / recorded.get("image_size", side)
     population = run.population
     for g in range(run.generations, config.generations):
         then = epochs[g * len(epochs) // config.generations]
         h = dict(lr_scale=then["learning_rate"] / config.learning_rate, lr_decay=1.0, momentum=then["momentum"],
-                 weight_decay=then["weight_decay"], cutout=then["cutout"])
+                 weight_decay=then["weight_decay"], cutout=then["cutout"] * scale)
         if then["theta"]:
             h |= {f"theta{i}": x for i, x in enumerate(then["theta"])}
         population = workers.evaluate([Individual(g, g, h, parent=g - 1 if g else None)])

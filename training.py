@@ -96,8 +96,8 @@ class Network:
 
     @staticmethod
     def _place(p, flat, offset):
-        """A view of flat that is laid out as p is."""
-        return flat.as_strided(p.shape, p.stride(), flat.storage_offset() + offset)
+        """A view of flat that is laid out as p is, or without its gaps where p has any."""
+        return flat.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), flat.storage_offset() + offset)
 
     @torch.no_grad()
     def start_afresh(self, model):

@@ -142,7 +142,7 @@ def ours(config, data, workers, networks=CHILDREN):
         run = RunFolder(folder, config.identity())
         progress = SimpleNamespace(update=lambda n: None)
         with Workers(make_pool(make_job(config, data), workers), run, progress) as pool:
-            generations = METHODS["epbt"](config, config.search_space(), data.num_classes, pool, run)
+            generations = METHODS["epbt"](config, config.search_space(), data, pool, run)
             for _ in range(2):  # the initial population, and the first one that has a teacher
                 next(generations)
             yield lambda: next(generations)

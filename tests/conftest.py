@@ -65,7 +65,8 @@ def pretend():
         population = [everyone[m["id"]] for m in log[-1]["population"]] if log else []
         folder = SimpleNamespace(generations=len(log), population=population, record=record)
         workers = SimpleNamespace(evaluate=evaluate)
-        generations = METHODS[config.method](config, config.search_space(), 10, workers, folder)
+        generations = METHODS[config.method](config, config.search_space(), SimpleNamespace(num_classes=10),
+                                             workers, folder)
         assert [g for g, _ in generations] == list(range(folder.generations, config.generations))
         return SimpleNamespace(log=log, calls=calls, everyone=everyone)
     return run

@@ -276,6 +276,11 @@ class Listed(torch.utils.data.Dataset):
         return self.images[i], self.labels[i]
 
 
+class Named(Listed):
+    def __getitem__(self, i):
+        return {"image": self.images[i], "label": self.labels[i], "name": f"image {i}"}
+
+
 def test_every_kind_of_source_gives_the_same_data():
     images, labels = numbered(40)
     sources = [
@@ -308,6 +313,14 @@ def test_class_names_of_a_dataset():
     source.classes = [f"class {i}" for i in range(12)]
     found = make_data(source, source)
     assert found.num_classes == 12 and found.class_names[11] == "class 11"
+    source.classes = 12  # no names
+    assert make_data(source, source).class_names == make_data(numbered(20), numbered(20)).class_names
+
+
+def test_an_array_with_negative_strides():
+    images, labels = numbered(20)
+    found, same = (make_data((x, labels), (x, labels)) for x in (images[:, :, ::-1], images[:, :, ::-1].copy()))
+    assert torch.equal(found.train.images, same.train.images)
 
 
 def test_sources_that_cannot_be_used():
@@ -331,6 +344,13 @@ def test_sources_that_cannot_be_used():
         (Listed(torch.zeros(2, 8, 8), [0, 1]), good, "(2, 8, 8)"),
         (Listed(images.astype(np.int32), labels), good, "torch.int32"),
         (Listed([], []), good, "(0,)"),
+        ((images, labels * 10**9), good, "go up to 9000000000, of 20 images; they must number the classes from 0 on"),
+        ((images, list("ab" * 10)), good, "training labels: accepted are numbers in a tensor or an array"),
+        ((images, torch.from_numpy(labels).to(torch.complex64)), good, "must be whole numbers"),
+        (Listed(images, labels / 2), good, "training item 0 is not a pair (image, whole number)"),
+        (Listed(images, list("ab" * 10)), good, "training item 0 is not a pair (image, whole number)"),
+        (Listed(["a"], [0]), good, "training image 0: accepted are numbers in a tensor or an array"),
+        (Named(images, labels), good, "training item 0 is not a pair"),
         (good, None, "the test data are NoneType; accepted are a pair (images, labels), and a map-style Dataset"),
         (torch.from_numpy(images), good, "the training data are Tensor"),
         ((images, labels, labels), good, "the training data are tuple"),
@@ -588,6 +608,8 @@ def test_folder_with_a_test_split(tmp_path):
     write_folder(tmp_path / "train", n=10)
     write_folder(tmp_path / "test", n=3)
     (tmp_path / "README").write_text("not a folder")
+    for hidden in (tmp_path, tmp_path / "train"):
+        (hidden / ".ipynb_checkpoints").mkdir()
     found = load_data(str(tmp_path), validation=6)
     assert [len(s) for s in (found.train, found.validation, found.test)] == [24, 6, 9]
     assert found.height == 32 and found.num_classes == 3

@@ -1,6 +1,7 @@
 """Algorithm 1 as shipped, on pretended and on real networks, and the command line."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -309,6 +310,8 @@ def refused(capsys, arguments):
     ("--dataset damaged", "damaged a.png"),
     ("--dataset file", "'file' folder"),
     ("--out file", "file"),
+    ("--dataset damaged --out damaged/run", "--out damaged/run --dataset within"),
+    ("--dataset .", "--out runs/epbt-"),
     ("--resume --out nowhere", "nowhere"),
 ])
 def test_a_mistake_costs_one_line_that_says_what_is_accepted(arguments, words, capsys, tmp_path, monkeypatch):
@@ -464,6 +467,17 @@ def test_a_model_of_a_script_without_a_file_needs_workers_1():
     done = subprocess.run([sys.executable, "-"], input=script, cwd=Path(__file__).parents[1], capture_output=True,
                           text=True)
     assert "workers=1" in done.stdout and done.stdout.count("\n") == 1, done.stderr
+
+
+def test_a_model_of_a_script_that_no_worker_can_import(tmp_path):
+    script = tmp_path / "train.v2.py"
+    script.write_text("import epbt\n"
+                      "def make(num_classes, in_channels): pass\n"
+                      "if __name__ == '__main__': epbt.evolve(epbt.Config(device='cpu'), make)\n")
+    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == ("options.ConfigError: make_model is in train.v2.py, which cannot be imported: "
+                                            "there must be no dot before .py")
 
 
 def test_a_run_in_which_every_network_diverged_says_so(run_epbt, capsys):

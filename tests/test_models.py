@@ -26,6 +26,7 @@ SIZES = {
 
 
 OWN = """
+import torch
 from torch import nn
 def small(num_classes, in_channels): return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
 def wrong(classes): return small(classes, 1)
@@ -39,6 +40,13 @@ class OneAtATime(nn.Linear):
 class Pair(nn.Linear):
     def __init__(self, num_classes, in_channels): super().__init__(8, num_classes)
     def forward(self, x): return x, super().forward(x)
+class Centred(nn.Linear):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(8, num_classes)
+        self.register_buffer("centre", torch.zeros(()))
+    def forward(self, x):
+        if self.training: self.centre = 0.9 * self.centre + 0.1 * x.mean()
+        return super().forward(x.mean((1, 2)) - self.centre)
 number = 3
 """
 
@@ -198,6 +206,7 @@ def test_names_that_are_models(name):
     ("zoo.own_nets:double", (3, 8, 8), ["must be float32, not torch.float64"]),
     ("zoo.own_nets:OneAtATime", (3, 8, 8), ["a tensor (2, 7), not (2,)"]),
     ("zoo.own_nets:Pair", (3, 8, 8), ["a tensor (2, 7), not tuple"]),
+    ("zoo.own_nets:Centred", (3, 8, 8), ["forward() replaces the buffer centre", "copy_()"]),
     ("zoo.own_nets:nothing", (3, 8, 8), ["returned int"]),
     ("torchvision:vit_b_16", (3, 32, 32), ["AssertionError: Wrong image height! Expected 224 but got 32!"]),
 ])

@@ -337,14 +337,22 @@ def test_a_folder_that_holds_a_run_is_refused_without_a_word_for_it(expected, tm
 
 
 def test_what_is_not_of_a_run_is_left_alone(tmp_path):
-    foreign = [tmp_path / name for name in ("holiday.png", "log.jsonl.old", "individuals/notes.txt", "summary.json")]
+    foreign = [tmp_path / name for name in ("holiday.png", "log.jsonl.old", "individuals/notes.txt")]
     (tmp_path / "individuals").mkdir()
     for path in foreign:
         path.write_text("precious")
     play(tmp_path)
-    assert all(path.read_text() == "precious" for path in foreign)
     RunFolder(tmp_path, CONFIG, overwrite=True)
-    assert all(path.read_text() == "precious" for path in foreign[:3]) and not foreign[3].exists()  # a run's name
+    assert all(path.read_text() == "precious" for path in foreign)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "summary.json", "curves.png"])
+def test_a_file_that_a_run_would_write_over_is_refused_where_no_run_is(name, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(RunError, match=f"holds {name}, and no run: choose another --out"):
+        play(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    play(tmp_path, overwrite=True)
 
 
 def test_a_published_log_is_neither_written_over_nor_begun_again(tmp_path):

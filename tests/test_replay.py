@@ -85,6 +85,20 @@ def test_a_schedule_brings_its_data_set_and_a_resumed_replay_notices_another_sch
     assert "schedule is" in capsys.readouterr().err
 
 
+def test_a_cutout_keeps_its_share_of_the_image(finished, tmp_path):
+    path, found = tmp_path / "schedule.json", json.loads((finished / "schedule.json").read_text())
+    assert found["image_size"] == 8 and found["epochs"][0]["cutout"] == 0
+
+    def cutout_of_the_replay(name, schedule):
+        path.write_text(json.dumps(schedule | {"epochs": [found["epochs"][0] | {"cutout": 16.0}]}))
+        epbt.main([*TINY, "--replay", str(path), "--out", str(tmp_path / name)])
+        return json.loads((tmp_path / name / "log.jsonl").read_text())["population"][0]["hyperparameters"]["cutout"]
+
+    assert cutout_of_the_replay("smaller", found | {"image_size": 32}) == 4
+    del found["image_size"]  # as older runs have it
+    assert cutout_of_the_replay("unknown", found) == 16
+
+
 SCHEDULE = ('{"model": "resnet8", "batch_size": 8, "epochs": [{"learning_rate": %s, "momentum": 0, "weight_decay": 0, '
             '"cutout": 0, "theta": %s}]}')
 
@@ -92,7 +106,10 @@ SCHEDULE = ('{"model": "resnet8", "batch_size": 8, "epochs": [{"learning_rate": 
 @pytest.mark.parametrize("content", [
     "", "{}", "[]", '{"model": "resnet8", "batch_size": 8, "epochs": []}', '{"epochs": [{"learning_rate": 1}]}',
     SCHEDULE.replace('"epochs"', '"average_epochs": 0, "epochs"') % (1, "null"), SCHEDULE % (1, "[1]"),
-    SCHEDULE % (-1, "null"), SCHEDULE % ("NaN", "null"), SCHEDULE % ('"1"', "null")])
+    SCHEDULE % (-1, "null"), SCHEDULE % ("NaN", "null"), SCHEDULE % ('"1"', "null"),
+    SCHEDULE.replace('"momentum": 0', '"momentum": 2') % (1, "null"), SCHEDULE.replace('"resnet8"', "8") % (1, "null"),
+    SCHEDULE.replace('"model"', '"dataset": 5, "model"') % (1, "null"), SCHEDULE.replace("model", "modle") % (1, "null"),
+    SCHEDULE.replace('"model"', '"image_size": 0.5, "model"') % (1, "null")])
 def test_what_is_not_a_schedule_is_refused_in_one_line(content, tmp_path, capsys):
     path = tmp_path / "schedule.json"
     path.write_text(content)

@@ -59,6 +59,14 @@ class Whimsical(Small):
         return self.fc(F.dropout(self.features(x), 0.3, self.training)) * (1 + self.steps)
 
 
+class Sliced(nn.Sequential):
+    """A weight with gaps in its memory, before another one."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__(nn.Flatten(), nn.Linear(64 * in_channels, 6), nn.Linear(6, num_classes))
+        self[1].weight = nn.Parameter(torch.randn(6, 128 * in_channels)[:, ::2])
+
+
 class Tied(nn.Module):
     """One weight in two layers, and one layer used twice."""
 
@@ -167,7 +175,7 @@ def test_a_network_trains_as_the_plain_model_does_under_torch_optim_sgd(name, mo
 # The flat state.
 
 
-@pytest.mark.parametrize("name", ["resnet8", "test_training:Whimsical", "test_training:Tied"])
+@pytest.mark.parametrize("name", ["resnet8", "test_training:Whimsical", "test_training:Tied", "test_training:Sliced"])
 def test_a_model_works_as_before_once_it_is_a_network(name):
     plain, network = make_model(name, 3, 2, seed=5).eval(), Network(make_model(name, 3, 2, seed=5), "cpu")
     images = torch.rand(4, 2, 8, 8, generator=torch.manual_seed(0))
