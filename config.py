@@ -200,8 +200,9 @@ class Config:
             lines.append("--ray-address needs --backend ray")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             lines.append("--tensorboard needs TensorBoard: pip install tensorboard")
-        images = Path(self.dataset).expanduser()
-        if self.dataset not in DATASETS and images.is_dir() and Path(self.out).resolve().is_relative_to(images.resolve()):
+        images = os.path.expanduser(self.dataset)
+        if self.dataset not in DATASETS and os.path.isdir(images) and (
+                Path(self.out).resolve().is_relative_to(Path(images).resolve())):
             lines.append(f"--out {self.out} must not lie within --dataset {self.dataset}, where each folder is a class")
         if self.resume and self.overwrite:
             lines.append("--resume and --overwrite exclude each other")

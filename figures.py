@@ -9,10 +9,12 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass, fields
-from itertools import cycle
+from itertools import chain, count, cycle
 from pathlib import Path
 from statistics import fmean, median, stdev
 from types import SimpleNamespace
@@ -79,6 +81,8 @@ class Run:
         self.finished = len(self.log) >= self.config.generations
         self.total_epochs = self.config.generations * self.config.epochs
         self.problem = Path(self.config.dataset).name, self.config.model
+        self.source = self.config.dataset if self.config.dataset in PROTOCOLS else (
+            f"{os.path.normpath(self.config.dataset)}, {getattr(self.config, 'classes', '?')} classes")
         # What the run does not evolve; PBT's learning rate has no schedule (Sec. 4.1).
         decay = 1.0 if self.config.method == "pbt" else self.config.lr_decay
         self.fixed = dict(lr_scale=1.0, lr_decay=decay, momentum=self.config.momentum)
@@ -186,7 +190,12 @@ NO_VARIANT = {"method", "dataset", "model", "seed", "replay", "device", "threads
 
 def group(runs):
     """{(dataset, model): rows}, the rows in the order of METHODS, those with other settings after the plain one."""
-    problems = {}
+    problems, sources = {}, {}
+    for run in runs:
+        sources.setdefault(run.problem[0], set()).add(run.source)
+    for run in runs:
+        if len(sources[run.problem[0]]) > 1:  # of one name, but not the same data
+            run.problem = run.source, run.config.model
     for run in sorted(runs, key=lambda run: (run.problem, list(METHODS).index(run.config.method), run.config.seed)):
         problems.setdefault(run.problem, []).append(run)
     return {problem: make_rows(same) for problem, same in problems.items()}
@@ -413,7 +422,7 @@ def figure_accuracy(problems):
             for ax in (zoomed, whole):
                 ax.errorbar(epochs, mean, error if error.any() else None, color=colour, marker=marker, markersize=3,
                             elinewidth=0.9, capsize=1.5, label=f"{row.label}, n = {len(row.complete or row.runs)}")
-        zoomed.set_title(f"{dataset}, {model}")
+        zoomed.set_title(fill(f"{dataset}, {model}", 3.0))
         zoomed.set_ylim(*zoom([row.curve() for row in rows]))
         whole.set_xlabel("epochs of training")
         whole.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -460,7 +469,7 @@ def figure_losses(runs, title):
     for ax in axes[len(runs) + 1 :]:
         ax.remove()
     added = "\nEq. 2 alone; cross-entropy is added to it" if getattr(runs[0].config, "add_cross_entropy", False) else ""
-    figure.suptitle(title + added, fontsize=9)
+    figure.suptitle(fill(title, figure.get_figwidth()) + added, fontsize=9)
     figure.supxlabel("y, predicted probability of the true class", fontsize=9)
     figure.supylabel("loss above that at y = 1", fontsize=9)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes[: len(runs) + 1], label="epochs of training")
@@ -498,7 +507,7 @@ def figure_schedule(runs, title):
         ax.set_ylabel(name.replace("_", " "))
     for ax in axes[-1]:
         ax.set_xlabel("epoch")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(fill(title, figure.get_figwidth()), fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
@@ -516,9 +525,9 @@ def figure_curves(run):
         ax.plot(run.epochs, middle, color="#E69F00", marker="v", markersize=3, label="median fitness")
     ax.plot(run.epochs, [100 * best["test_accuracy"] for best in run.best], color="#0072B2", marker="s", markersize=3,
             linestyle="--", label="test accuracy of the fittest")
-    ax.set(title=str(run), xlabel="epochs of training", ylabel="accuracy (%)", xlim=(0, run.total_epochs * 1.02))
+    ax.set(title=fill(str(run), 4.6), xlabel="epochs of training", ylabel="accuracy (%)", xlim=(0, run.total_epochs * 1.02))
     ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    ax.legend(loc="lower right")
+    ax.legend()
     return figure
 
 
@@ -541,13 +550,23 @@ def compared_figures(problems):
     figures = {}
     for dataset in dict.fromkeys(dataset for dataset, _ in problems):
         same = {problem: rows for problem, rows in problems.items() if problem[0] == dataset}
-        figures[f"accuracy-{dataset}"] = figure_accuracy(same)
+        figures[file_name(["accuracy", dataset], figures)] = figure_accuracy(same)
     for problem, rows in problems.items():
         for row in rows:
-            title = ", ".join([row.label, *problem])
-            name = re.sub(r"[^a-z0-9.]+", "-", " ".join([*problem, row.label]).lower()).strip("-")
-            figures |= {f"{kind}-{name}": figure for kind, figure in evolved_figures(row.runs, title).items()}
+            for kind, figure in evolved_figures(row.runs, ", ".join([row.label, *problem])).items():
+                figures[file_name([kind, *problem, row.label], figures)] = figure
     return figures
+
+
+def file_name(words, taken):
+    """A file name of these words that is not taken yet, of at most 200 bytes and a number."""
+    name = re.sub(r"[^\w.]+", "-", " ".join(words).lower()).strip("-").encode()[:200].decode(errors="ignore")
+    return next(n for n in chain([name], (f"{name}-{i}" for i in count(2))) if n not in taken)
+
+
+def fill(title, width):
+    """A title of as many lines as it needs in a figure of this width, in inches."""
+    return textwrap.fill(title, int(13 * width))
 
 
 def save(figures, folder):

@@ -262,6 +262,25 @@ def test_the_same_seed_twice_is_no_repetition(tmp_path):
         compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
 
+def test_data_sets_of_one_name_are_told_apart(tmp_path):
+    folders = [write(tmp_path / f"{i}", evolved(0.5), population=4, dataset=dataset, seed=seed)
+               for i, (dataset, seed) in enumerate([("a/pets", 1), ("a/pets/", 2), ("b/pets", 1), ("digits", 1)])]
+    problems = group([load_run(folder) for folder in folders])
+    assert [(dataset, len(rows[0].runs)) for (dataset, _), rows in problems.items()] == [
+        ("a/pets, ? classes", 2), ("b/pets, ? classes", 1), ("digits", 1)]
+    compare(folders, tmp_path / "out")
+    names = sorted(path.stem for path in (tmp_path / "out").glob("accuracy-*.png"))
+    assert names == ["accuracy-a-pets-classes", "accuracy-b-pets-classes", "accuracy-digits"]
+
+
+def test_names_of_any_script_and_length_make_files_of_their_own(tmp_path):
+    names = ["фото", "рисунки", "фо то", "фо-то", 150 * "я"]
+    compare([write(tmp_path / "runs" / f"{i}", evolved(0.5), population=4, dataset=name) for i, name in enumerate(names)],
+            tmp_path / "out")
+    drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert len(drawn) == 3 * len(names) and {"accuracy-фото", "accuracy-фо-то", "accuracy-фо-то-2"} <= drawn
+
+
 def test_labels_say_what_differs_and_only_that(tmp_path):
     log = evolved(0.5)
     write(tmp_path / "plain", log, population=4, limit=100)
