@@ -55,7 +55,14 @@ run() {  # run NAME SEED OPTIONS: one run, finished or gone on with; its folder 
     local folder=runs/$1-$2 seed=$2 options=("${@:3}")
     if [ -e "$folder/summary.json" ]; then return; fi
     echo "+ python epbt.py --out $folder --seed $seed ${options[*]}"
-    if [ -n "$dry_run" ]; then $python epbt.py --plan --out "$folder" --seed "$seed" "${options[@]}"; return; fi
+    if [ -n "$dry_run" ]; then
+        if [ "${planned:-}" != "${options[*]}" ]; then  # every seed costs the same
+            cost=$($python epbt.py --plan "${options[@]}")
+            planned="${options[*]}"
+        fi
+        echo "$cost"
+        return
+    fi
     if compgen -G "$folder/checkpoint-*" > /dev/null; then options+=(--resume); fi
     $python epbt.py --out "$folder" --seed "$seed" "${options[@]}"
 }
