@@ -2,7 +2,7 @@
 
 Ray schedules the evaluations, and runs those of a lost node or a killed process again on another. The images go to each
 node once, through its object store. A run's folder stays on the machine that started the run: weights travel as the bytes
-of their files, so nodes share no file system.
+of their files, so nodes need share no file system.
 """
 
 import socket
@@ -15,6 +15,7 @@ import ray
 import torch
 
 from data import ImageSet
+from options import flat
 from records import RunError, write_atomic
 from taylorglo_ext import BackendError
 from training import Trainer, prepare
@@ -35,7 +36,7 @@ class RayPool:
                      runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "
-                           f"{' '.join(str(error).split())}") from error
+                           f"{flat(error)}") from error
         resources = dict(num_cpus=job.threads)
         if job.device != "cpu":
             gpus = ray.cluster_resources().get("GPU", 0)

@@ -1,7 +1,7 @@
 """`Config`: all that determines a run, as a dataclass and as the options of the command line.
 
-What is not given is filled in by the protocol of the data set and by the preset. Each option says the paper's section, or
-that the paper leaves it open.
+What is not given is filled in by the protocol of the data set and by the preset. Options of the method say the paper's
+section, or that the paper leaves them open.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start
 
 @dataclass
 class Config:
-    """All that determines a run. None: the protocol of the data set decides (PROTOCOLS), or the field named."""
+    """All that determines a run. None: the protocol of the data set decides (PROTOCOLS), the preset or another field."""
 
     method: str = option("run", "epbt", "epbt; Sec. 4.1's Baseline 2 (pbt) and Baseline 1 (baseline: one network); or "
                          "independent networks with random learning rates (random)",
@@ -240,8 +240,7 @@ class Config:
         """In pixels: that of the data set. Tensors of one's own are not augmented."""
         if self.dataset == "custom":
             return 0
-        source = DATASETS[self.dataset] if self.dataset in DATASETS else folder_source(self.dataset, self.image_size)
-        return source.augmentation.cutout
+        return (DATASETS.get(self.dataset) or folder_source(self.dataset, self.image_size)).augmentation.cutout
 
     def fixed(self, data):
         """The hyperparameters of individuals that do not evolve them."""

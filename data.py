@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from models import nearest
+from options import flat, nearest
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
@@ -199,23 +199,19 @@ def published(title, read, files, how):
     try:
         return read()
     except OSError as error:  # no permission, or no network
-        problem, cause = one_line(error), error
+        problem, cause = flat(error), error
     except RuntimeError as error:  # what torchvision raises for a missing file and for a wrong checksum
-        problem, cause = one_line(error), error
+        problem, cause = flat(error), error
         at_fault = next((path for path, md5 in files if not check_integrity(path, md5)), None)
         if at_fault is not None:
             problem = f"{at_fault} is " + ("damaged (wrong checksum)" if at_fault.is_file() else "missing")
     raise DataError(f"{title}: {problem}; {how}; --data-root or EPBT_DATA name another folder") from cause
 
 
-def one_line(error):
-    return " ".join(str(error).split())
-
-
 def read_folder(folder, size):
     """FOLDER/<class>/<image>, a fifth of it held out; or FOLDER/train and FOLDER/test, each of that kind."""
     try:
-        parts = {entry.name for entry in folder.iterdir() if entry.is_dir() and not hidden(entry.name)}
+        parts = {entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     except OSError as error:
         raise DataError(f"cannot read the folder {folder} ({error.strerror})") from error
     splits = {"train", "test"} < parts or parts and {part.lower() for part in parts} <= SPLITS
@@ -243,20 +239,20 @@ def read_image_folder(folder, size):
 
     class VisibleFolder(ImageFolder):
         def find_classes(self, directory):
-            names = [name for name in super().find_classes(directory)[0] if not hidden(name)]
+            names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]  # .ipynb_checkpoints
             return names, {name: i for i, name in enumerate(names)}
 
     try:
         listing = VisibleFolder(folder)
     except (OSError, ValueError) as error:  # a class without images, or no class at all
-        raise DataError(f"{folder}: {one_line(error)} Accepted is FOLDER/<class>/<image>") from error
+        raise DataError(f"{folder}: {flat(error)} Accepted is FOLDER/<class>/<image>") from error
 
     def decode(path):
         try:
             with Image.open(path) as image:
                 return np.asarray(eight_bit(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
         except Exception as error:  # Pillow's decoders raise errors of many kinds
-            raise DataError(f"cannot read the image {path} ({one_line(error)})") from error
+            raise DataError(f"cannot read the image {path} ({flat(error)})") from error
 
     if len(listing.classes) < 2:
         raise DataError(f"{folder} has only one class, {listing.classes[0]!r}; accepted is a subfolder for each of several")
@@ -266,11 +262,6 @@ def read_image_folder(folder, size):
         for i, image in enumerate(progress(pool.map(decode, paths), len(paths), str(folder))):
             images[i] = image
     return images.transpose(0, 3, 1, 2), np.array(listing.targets), tuple(listing.classes)
-
-
-def hidden(name):
-    """Whether a subfolder is no class but, like .ipynb_checkpoints, a tool's."""
-    return name.startswith(".")
 
 
 def eight_bit(image):
@@ -324,13 +315,10 @@ def load_data(name: str, root=None, seed=0, validation=None, enlarge=None, train
     """
     root = Path(root or os.environ.get("EPBT_DATA") or "data").expanduser()
     folder = Path(name).expanduser()
-    if name in DATASETS:
-        source = DATASETS[name]
-    elif os.path.isdir(folder):
-        source = folder_source(folder, image_size)
-    else:
+    if name not in DATASETS and not os.path.isdir(folder):
         raise DataError(f"no data set or folder is called {name!r}{nearest(name, DATASETS)}; accepted are "
                         f"{', '.join(DATASETS)} and a folder with one subfolder of images per class")
+    source = DATASETS.get(name) or folder_source(folder, image_size)
     train, test, class_names = source.read(root, download)
     return make_data(train, test, name=name, class_names=class_names, seed=seed,
                      validation=source.validation if validation is None else validation,
@@ -457,7 +445,7 @@ def read_dataset(dataset, part):
             image, label = dataset[i]
             labels.append(operator.index(label))
         except (TypeError, ValueError) as error:
-            raise DataError(f"{part} item {i} is not a pair (image, whole number): {one_line(error)}") from error
+            raise DataError(f"{part} item {i} is not a pair (image, whole number): {flat(error)}") from error
         if isinstance(image, Image.Image):
             image = np.array(image if eight_bit(image).mode == "L" else image.convert("RGB"))
             image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
@@ -474,7 +462,7 @@ def as_tensor(array, what):
     try:
         return torch.from_numpy(np.ascontiguousarray(array))
     except (TypeError, ValueError) as error:
-        raise DataError(f"{what}: accepted are numbers in a tensor or an array ({one_line(error)})") from error
+        raise DataError(f"{what}: accepted are numbers in a tensor or an array ({flat(error)})") from error
 
 
 def to_uint8(images, part):

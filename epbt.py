@@ -11,6 +11,7 @@ import io
 import json
 import shlex
 import sys
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from statistics import median
 
@@ -34,8 +35,8 @@ from evolution import (
     select_elites,
     tournament,
 )
-from models import factory_name, mismatch, nearest
-from options import ConfigError
+from models import factory_name, mismatch
+from options import ConfigError, nearest
 from records import (
     Individual,
     RunError,
@@ -92,18 +93,13 @@ def epbt(config, space, data, workers, run):
         yield g, M
 
 
-def newborn(M, g, hyperparameters, parents=None, mates=None, teacher=None):
+def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
     """Unevaluated individuals, numbered on from the population M."""
     first = 1 + max((m.id for m in M), default=-1)
-    children = []
-    for i, h in enumerate(hyperparameters):
-        child = Individual(first + i, g, h)
-        if parents:
-            child.parent = parents[i].id
-            child.mate = None if mates[i] < 0 else parents[mates[i]].id
-            child.teacher = None if teacher is None else teacher.id
-        children.append(child)
-    return children
+    N = [Individual(first + i, g, h, teacher=teacher and teacher.id) for i, h in enumerate(hyperparameters)]
+    for child, parent, mate in zip(N, parents, mates, strict=False):  # none for fresh ones
+        child.parent, child.mate = parent.id, None if mate < 0 else parents[mate].id
+    return N
 
 
 METHODS = {"epbt": epbt, "pbt": pbt, "baseline": independent, "random": independent, "replay": replay}
@@ -128,7 +124,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
     report: called with each line for people, in place of print. Raises ConfigError, DataError, RunError and
     taylorglo_ext.BackendError, whose messages are clear lines."""
     if make_model is not None:
-        config = replace(config, model=named(make_model))
+        config = replace(config, model=factory_name(make_model))
     if train is not None or test is not None:
         config = replace(config, dataset="custom")
     config = config.resolved()
@@ -144,10 +140,10 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
     job = make_job(config, data)
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
                                     "space": [list(vars(v).values()) for v in space]}
-    with (RunFolder(config.out, identity, config.resume, config.overwrite) as folder,
+    with (closing(RunFolder(config.out, identity, config.resume, config.overwrite)) as folder,
           tqdm(total=config.evaluations(), initial=folder.evaluated(), unit=" networks", disable=None) as bar,
-          Workers(make_pool(job, config.slots(), config.backend, config.ray_address), folder, bar) as workers):
-        best, generations = None, METHODS[config.method](config, space, data, workers, folder)
+          closing(make_pool(job, config.slots(), config.backend, config.ray_address)) as pool):
+        best, generations = None, METHODS[config.method](config, space, data, Workers(pool, folder, bar), folder)
         for g, population in watched(generations, config, job, folder) if config.tensorboard else generations:
             with bar.external_write_mode():
                 line = progress_line(config, g, population, folder.evaluated())
@@ -155,14 +151,6 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
             if best is not (best := fittest(population)):
                 write_best(folder, job, best)
         return finish(config, folder, job)
-
-
-def named(make_model):
-    """The name of a factory; raises ConfigError."""
-    try:
-        return factory_name(make_model)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def make_job(config, data):
@@ -213,7 +201,7 @@ def progress_line(config, g, population, evaluated):
 
 
 def finish(config, folder, job):
-    """Write what is written at the end of a run, and return its Outcome."""
+    """Write the schedule, the summary, the report and best.pt, and return the Outcome."""
     best, data = fittest(folder.population), job.data
     plan = schedule(config, job, folder.read_log())
     summary = dict(method=config.method, dataset=config.dataset, model=config.model, seed=config.seed,

@@ -99,7 +99,7 @@ def first_step(theta, classes):
 
 def tournament(fitness, n, t, rng):
     """Sec. 3.2, Step 1, operator tau: n winners, each the fittest of t individuals drawn at random; paper: unspecified:
-    without replacement (fewer where fewer live). Returns indices of shape (n,); one individual may win many times."""
+    without replacement (of all, where fewer than t live). Returns indices (n,); one individual may win many times."""
     t = min(t, len(fitness))
     contests = [np.sort(rng.choice(len(fitness), size=t, replace=False)) for _ in range(n)]
     return np.array([c[np.argmax(fitness[c])] for c in contests], dtype=int)
@@ -139,9 +139,7 @@ def novelty_scores(behaviour):
     paper: unspecified: d is the Euclidean distance, the root of the number of images on which two disagree.
     behaviour: (m, N) booleans, right or wrong on each of N validation images. Returns the scores (m,) and the
     distances (m, m)."""
-    b = behaviour.astype(np.int64)
-    hamming = (b[:, None, :] != b[None, :, :]).sum(axis=2)
-    distance = np.sqrt(hamming)
+    distance = np.sqrt((behaviour[:, None] != behaviour[None]).sum(axis=2))
     # Summed in sorted order, so that equal sets of distances have equal sums and ties are ties.
     return np.sort(distance, axis=1).sum(axis=1), distance
 

@@ -32,6 +32,7 @@ from config import CIFAR10, ELITES, PRESETS, PROTOCOLS, SINGLE, Config
 from evolution import SEARCH_SPACE
 from records import RunError, fittest, read_config, read_log
 from replay import ancestry
+from taylorglo_ext.reference import eq2
 from training import learning_rate
 
 METHODS = {"baseline": "Baseline 1", "pbt": "Baseline 2 (PBT)", "random": "Independent networks", "epbt": "EPBT",
@@ -56,9 +57,7 @@ PAPER = {
     ("cifar10", "wrn-28-5"): {"baseline": (95.95, 0.07, 184), "epbt": (96.02, 0.12, None)},
     ("svhn", "resnet32"): {"baseline": (97.81, 0.04, 21), "epbt": (98.08, 0.08, None)},
 }
-
-
-# Of config.json; every other setting only tells variants apart.
+# The settings in config.json that figures cannot do without; the others only tell variants apart.
 NEEDED = {"method", "dataset", "model", "seed", "population", "generations", "epochs", "learning_rate", "milestones",
           "lr_decay", "momentum"}
 
@@ -146,12 +145,7 @@ def load_started(folder):
 
 def binary_loss(theta, y):
     """Eq. 2 as the 2-D binary classification loss of Sec. 5.3: labels x = (1, 0), predictions (y, 1 - y), n = 2."""
-    total = 0.0
-    for x_i, y_i in ((1.0, y), (0.0, 1.0 - y)):
-        a, b = y_i - theta[1], x_i - theta[0]
-        total += (theta[2] * a + theta[3] * a**2 / 2 + theta[4] * a**3 / 6
-                  + theta[5] * b * a + theta[6] * b * a**2 / 2 + theta[7] * b**2 * a / 2)
-    return -total / 2
+    return eq2(np.array([1.0, 0.0]), np.stack([y, 1.0 - y], axis=-1), theta)
 
 
 def theta(individual):
@@ -531,11 +525,6 @@ def figure_curves(run):
     return figure
 
 
-def own_figures(run):
-    """{name: Figure} of one run: learning curves, and Figures 5 and 6."""
-    return {"curves": figure_curves(run), **evolved_figures([run], f"{run.label}, {', '.join(run.problem)}")}
-
-
 def evolved_figures(runs, title):
     """Figure 5 if the loss is evolved, Figure 6 if anything else is."""
     names = runs[0].best[-1]["hyperparameters"].keys()
@@ -585,7 +574,8 @@ def draw_run(folder, out=None):
     """A run's own figures, into its folder or another. Returns the paths of the PNGs. Raises RunError."""
     run = load_started(folder)
     with matplotlib.rc_context(STYLE):
-        return save(own_figures(run), Path(out or folder))
+        figures = {"curves": figure_curves(run), **evolved_figures([run], f"{run.label}, {', '.join(run.problem)}")}
+        return save(figures, Path(out or folder))
 
 
 def compare(folders, out="figures"):

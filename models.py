@@ -4,7 +4,6 @@ A name is one of `MODELS` (`resnet32`, `wrn-16-8`, ...), `torchvision:NAME` for 
 or `package.module:factory` for your own, called as `factory(num_classes=..., in_channels=...)`.
 """
 
-import difflib
 import importlib
 import inspect
 import os
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from options import ConfigError, flat, nearest
 
 
 class BasicBlock(nn.Module):
@@ -130,7 +131,7 @@ def make_model(name: str, num_classes: int, in_channels: int, seed: int) -> nn.M
     """A new classifier, float32 on the CPU: images (B, in_channels, H, W) to logits (B, num_classes).
 
     Its weights are a function of `seed` alone; PyTorch's global generator stays as it was. The models in
-    `MODELS` take any height and width from 8 pixels on. Raises ValueError for a name that is none.
+    `MODELS` take any height and width from 8 pixels on. Raises ValueError for a name that is not a model's.
     """
     factory = find_factory(name)
     # Constructors, other people's too, draw from the global generator: seed it, then restore it.
@@ -153,7 +154,7 @@ def model_error(name: str) -> str | None:
 
 def mismatch(name, num_classes, shape):
     """One line that says why a model cannot be trained on images of `shape` (channels, height, width), or None: two of
-    them are sent through it, evaluating and training, and back."""
+    them are sent forward in both of its modes, and backward in training mode."""
     try:
         model = make_model(name, num_classes, shape[0], seed=0)
         for p in model.parameters():
@@ -175,7 +176,7 @@ def mismatch(name, num_classes, shape):
                     "must fill it, as with copy_()")
     except Exception as error:  # whatever the user's model raises
         return (f"model {name}: it cannot be trained on images of {' x '.join(map(str, shape))} (channels, height, width): "
-                f"{type(error).__name__}: {' '.join(str(error).split())}")
+                f"{type(error).__name__}: {flat(error)}")
     return None
 
 
@@ -220,17 +221,17 @@ def replace_stem(model, in_channels):
 
 
 def factory_name(factory):
-    """The name of a factory, as worker processes find it and tables show it. Raises ValueError for what has none."""
+    """The name of a factory, as worker processes find it and tables show it. Raises ConfigError for what has none."""
     if not (inspect.isfunction(factory) or inspect.isclass(factory)) or "<" in factory.__qualname__:
         what = getattr(factory, "__qualname__", f"an object of the class {type(factory).__name__}")
-        raise ValueError("make_model must be a function or class at the top level of a module, called as "
-                         f"make_model(num_classes=..., in_channels=...), not {what}")
+        raise ConfigError("make_model must be a function or class at the top level of a module, called as "
+                          f"make_model(num_classes=..., in_channels=...), not {what}")
     module, main = factory.__module__, sys.modules["__main__"]
     if module == "__main__" and os.path.isfile(getattr(main, "__file__", "")):  # of a script, elsewhere a module
         name = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
         if "." in name and not main.__spec__:
-            raise ValueError(f"make_model is in {Path(main.__file__).name}, which cannot be imported: there must be no dot "
-                             "before .py")
+            raise ConfigError(f"make_model is in {Path(main.__file__).name}, which cannot be imported: there must be no "
+                              "dot before .py")
         if sys.modules.setdefault(name, main) is main:  # not to be carried out again here
             module = name
     return f"{module}:{factory.__qualname__}"
@@ -243,7 +244,7 @@ def own_factory(module_name, attribute):
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise ValueError(f"model {module_name}:{attribute}: cannot import {module_name!r} "
-                         f"({type(error).__name__}: {' '.join(str(error).split())})") from error
+                         f"({type(error).__name__}: {flat(error)})") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         where = getattr(module, "__file__", module_name)
@@ -255,10 +256,3 @@ def own_factory(module_name, attribute):
         raise ValueError(f"model {module_name}:{attribute}: it must be callable as factory(num_classes=..., "
                          f"in_channels=...) ({error})") from error
     return factory
-
-
-def nearest(name, names):
-    """The words ", did you mean 'resnet32'?" for the nearest of the names, or nothing."""
-    lower = {candidate.lower(): candidate for candidate in names}
-    matches = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f", did you mean {lower[matches[0]]!r}?" if matches else ""

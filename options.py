@@ -1,20 +1,31 @@
 """A dataclass as the options of a command line: each field declares its help, its bounds, and its group."""
 
 import argparse
+import difflib
 import math
 from dataclasses import field, fields
 from typing import get_args, get_origin, get_type_hints
-
-from models import nearest
 
 
 class ConfigError(Exception):
     """One line for each thing that is wrong with a config."""
 
 
+def nearest(name, names):
+    """The words ", did you mean 'resnet32'?" for the nearest of the names, or nothing."""
+    lower = {candidate.lower(): candidate for candidate in names}
+    matches = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f", did you mean {lower[matches[0]]!r}?" if matches else ""
+
+
+def flat(error):
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
+
+
 def option(group, default, help, **facts):
     """A field that is an option. facts: choices; the bounds low and high (inclusive) and above (exclusive); otherwise
-    (in words, what is taken where the default is None); runtime (True where the value cannot change the result, so
+    (in words, what None stands for); runtime (True where the value cannot change the result, so
     that a resumed run may have another)."""
     return field(default=default, metadata={"group": group, "help": help, **facts})
 

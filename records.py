@@ -5,13 +5,13 @@
     timing.jsonl         one line a generation: what differs between equal runs
     best.pt              weights of the fittest individual, a state_dict for torch.load(..., weights_only=True)
     summary.json         the outcome, written at the end; so are schedule.json (replay.py), the figures and report.html
-    individuals/ID.ckpt  an individual's weights and momentum: written once by the worker that trained it, never
-                         changed; workers read parents and teachers from here
+    individuals/ID.ckpt  an individual's weights and momentum: written once when it is trained, never changed; parents
+                         and teachers are read from here
     checkpoint-G.ckpt    config, log and timing after G generations: with individuals/ all that a resumed run needs
 
 A .ckpt file is the SHA-256 of its payload, then the payload: a NumPy .npz, which cannot carry code. The last two
-checkpoints are kept. An individual of the last two generations is kept twice if it is an elite of the later one, and
-can be had again from the checkpoint before it if not: so no single damaged file loses a run.
+checkpoints are kept. Of the last two generations, elites of the later one are kept twice (ID.mirror.ckpt), and any other
+individual can be evaluated again from the checkpoint before it: so no single damaged file loses a run.
 """
 
 import fcntl
@@ -230,10 +230,7 @@ class RunFolder:
         for leftover in [*self.path.glob(".*.tmp"), *self.individuals.glob(".*.tmp")]:
             delete(leftover)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
+    def close(self):
         self.lock.close()  # for the next run of this process
 
     def _clear(self):
@@ -314,22 +311,14 @@ class RunFolder:
                 delete(path)
 
     def _restore(self):
-        """Take log, timing and population from the newest intact checkpoint.
-
-        Says what is damaged; raises RunError if nothing intact is left."""
-        damaged = []
-        for checkpoint in checkpoints(self.path):
-            try:
-                _, self.log, self.timing, members = load_checkpoint(checkpoint)
-                self.population = [self._member(member) for member in members]
-            except DamagedFile as error:
-                damaged.append(str(error))
-                continue
-            self.generations = len(self.log.splitlines())
-            for line in damaged:
-                print(f"{line}; going back to the end of generation {self.generations}", file=sys.stderr)
-            return
-        raise RunError(f"{self.path} cannot be resumed: {'; '.join(damaged)}")
+        """Take log, timing and population from the newest intact checkpoint. Says what is damaged."""
+        def load(checkpoint):
+            _, log, timing, members = load_checkpoint(checkpoint)
+            return log, timing, [self._member(member) for member in members]
+        (self.log, self.timing, self.population), damaged = newest_checkpoint(self.path, load)
+        self.generations = len(self.log.splitlines())
+        for line in damaged:
+            print(f"{line}; going back to the end of generation {self.generations}", file=sys.stderr)
 
     def _put_back(self, name, text):
         """Write a file for people as it should be. Says so if it was something else, unless that something else is
@@ -378,31 +367,30 @@ def checkpoints(path):
 
 def read_config(path):
     """The config of the run in a folder. Raises RunError."""
-    config, *_ = newest_checkpoint(path) or [None]
-    if config is not None:
-        return config
+    newest, _ = newest_checkpoint(path)
+    if newest is not None:
+        return newest[0]
     file = Path(path) / "config.json"
-    with one_line(f"read {path}"):
-        if not file.exists():
-            raise RunError(f"{path} holds no run")
     try:
         return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{path} holds no run") from None
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"cannot read {file}: {error}") from error
 
 
-def newest_checkpoint(path):
-    """What the newest intact checkpoint in a run's folder holds; None where there is none, as in published results,
-    which are config.json and log.jsonl alone. Raises RunError if all are damaged."""
+def newest_checkpoint(path, load=load_checkpoint):
+    """load(the newest intact checkpoint of a run), None where there is no checkpoint, as in published results, which are
+    config.json and log.jsonl alone; and what is wrong with newer ones, a line each. Raises RunError if all are damaged."""
     damaged = []
     for checkpoint in checkpoints(path):
         try:
-            return load_checkpoint(checkpoint)
+            return load(checkpoint), damaged
         except DamagedFile as error:
             damaged.append(str(error))
     if damaged:
         raise RunError(f"{path} cannot be resumed: {'; '.join(damaged)}")
-    return None
+    return None, damaged
 
 
 def refuse_differences(old, new, path):
@@ -415,7 +403,7 @@ def refuse_differences(old, new, path):
 
 def read_log(path):
     """The completed generations of a run, finished or not: the lines of its log as dicts. Raises RunError."""
-    newest = newest_checkpoint(path)
+    newest, _ = newest_checkpoint(path)
     file = Path(path) / "log.jsonl"
     try:
         text = file.read_text() if newest is None else newest[1]

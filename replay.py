@@ -12,7 +12,7 @@ from records import Individual, RunError, fittest
 from training import learning_rate, scaled_theta
 
 SCHEDULE = "schedule.json"
-OPTIONAL = ("average_epochs", "image_size")  # they may be missing
+LATER = ("average_epochs", "image_size")  # whole numbers that older schedules lack
 NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
 
 
@@ -50,7 +50,7 @@ def read_schedule(path):
         found = json.loads(path.read_text())
         if not all(isinstance(name, str) for name in (found["model"], found.get("dataset", ""))) or not found["epochs"]:
             raise ValueError("its model, its data set or its epochs are missing")
-        for name, value in (("batch_size", found["batch_size"]), *((n, found.get(n, 1)) for n in OPTIONAL)):
+        for name, value in (("batch_size", found["batch_size"]), *((n, found.get(n, 1)) for n in LATER)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is not a whole number from 1 on")
         for epoch in found["epochs"]:

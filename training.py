@@ -52,6 +52,9 @@ class Job:
     no_graphs: bool = False  # on a GPU: every operation is launched by itself
     deterministic: bool = False  # on a GPU: only operations that give the same bits each time
 
+    def new_model(self, seed):
+        return make_model(self.model, self.data.num_classes, self.data.channels, seed)
+
 
 @dataclass
 class Task:
@@ -139,10 +142,10 @@ class Trainer:
         self.job, self.device = job, torch.device(job.device)
         taylorglo_ext.load(job.loss_backend, self.device.type)
         self.data = job.data.to(self.device)
-        self.network, self.teacher = (Network(self._new_model(seed=0), self.device) for _ in range(2))
+        self.network, self.teacher = (Network(job.new_model(seed=0), self.device) for _ in range(2))
         # What is scored, teaches and ends in best.pt: the network itself, or an exponential running mean of its weights
         # over about a generation, in which the noise of a high learning rate averages out.
-        self.scored_network = Network(self._new_model(seed=0), self.device) if job.average_weights else self.network
+        self.scored_network = Network(job.new_model(seed=0), self.device) if job.average_weights else self.network
         self.networks = list(dict.fromkeys((self.network, self.scored_network)))
         self.teacher.model.eval()  # paper: unspecified (its mode); it sees the same augmented batch
         self.teacher_path = None
@@ -158,7 +161,8 @@ class Trainer:
             torch.cuda.synchronize(self.device)  # what was made on the default stream is about to be used on another
 
     def _make_buffers(self, n):
-        """What the steps of an epoch read, in order, and how far they have come: on the device for the whole epoch."""
+        """On the device for a whole epoch: what its steps read, in order, and how far they have come; and what scoring
+        writes."""
         self.batch = min(self.job.batch_size, n)
         self.steps = n // self.batch  # paper: unspecified: images left over wait for the next epoch's order
         integers = dict(dtype=torch.int64, device=self.device)
@@ -172,9 +176,6 @@ class Trainer:
     def _set(self, name, value):
         # fill_ would raise for a number beyond float32; copied, it makes a network diverge like any that is too high.
         self.scalars[name].copy_(torch.tensor(value, dtype=torch.float64))
-
-    def _new_model(self, seed):
-        return make_model(self.job.model, self.data.num_classes, self.data.channels, seed)
 
     def evaluate(self, task):
         """Alg. 1, step 3a: train the individual, score it, write it to its file. Returns it, its results filled in."""
@@ -262,7 +263,7 @@ class Trainer:
 
     def _load(self, task):
         if task.parent is None:
-            model = self._new_model(int(random_stream("weights", self.job.seed, task.individual.id).integers(2**63)))
+            model = self.job.new_model(int(random_stream("weights", self.job.seed, task.individual.id).integers(2**63)))
             for network in self.networks:
                 network.start_afresh(model)
         else:
@@ -274,7 +275,8 @@ class Trainer:
         self.teacher_path = task.teacher
 
     def _train(self, step, generation, h, rng):
-        """SGD for one generation; returns the mean loss of the last epoch, as soon as it is not finite."""
+        """SGD for one generation, ended by the first epoch whose mean loss is not finite. Returns the mean loss of the last
+        epoch trained."""
         loss = float("nan")
         for epoch in range(self.job.epochs):
             # paper: unspecified: the clock is the generation's, also for the child of an old elite.
@@ -404,8 +406,7 @@ def scored(state, job):
 
 def load_state(job, state):
     """The model whose flat state this is, in plain contiguous tensors, on the CPU and in evaluation mode."""
-    network = Network(make_model(job.model, job.data.num_classes, job.data.channels, seed=0), "cpu")
+    network, model = Network(job.new_model(seed=0), "cpu"), job.new_model(seed=0)
     network.state.copy_(scored(state, job))
-    model = make_model(job.model, job.data.num_classes, job.data.channels, seed=0)
     model.load_state_dict(network.model.state_dict())
     return model.eval()

@@ -30,7 +30,7 @@ from taylorglo_ext import BackendError
 from training import Task, Trainer, prepare
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-ATTEMPTS = 3  # a worker that dies is started again and its tasks given out again, this many times in all
+ATTEMPTS = 3  # a task whose worker dies is given out again, this many times in all
 OUT_OF_MEMORY = 75  # the exit code of a worker whose GPU had no memory left
 PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
 MOST_SLOTS = 16  # on a GPU
@@ -42,35 +42,21 @@ class Workers:
     """Evaluates individuals; what an interrupted run has already evaluated is taken from its folder."""
 
     def __init__(self, pool, folder, progress):
-        """pool: see `make_pool`. progress: something with tqdm's update(n), called once for each individual."""
+        """pool: see `make_pool`. progress: something with tqdm's update(n), n more individuals."""
         self.pool, self.folder, self.progress = pool, folder, progress
 
     def evaluate(self, individuals, teacher=None, alpha=0.0):
         """Alg. 1, step 3a: the same individuals, trained and scored, in the same order."""
-        evaluated = {}
-        tasks = []
-        for individual in individuals:
-            found = self.folder.recall(individual)
-            if found is None:
-                tasks.append(self._task(individual, teacher, alpha))
-            else:
-                evaluated[found.id] = found
-        self.progress.update(len(evaluated))
+        recalled = [found for m in individuals if (found := self.folder.recall(m))]
+        evaluated = {m.id: m for m in recalled}
+        self.progress.update(len(recalled))
+        path = self.folder.individual_path
+        tasks = [Task(m, path(m.id), None if m.parent is None else path(m.parent), teacher and path(teacher.id), alpha)
+                 for m in individuals if m.id not in evaluated]
         for individual in self.pool.run(tasks):
             evaluated[individual.id] = individual
             self.progress.update(1)
-        return [evaluated[individual.id] for individual in individuals]
-
-    def _task(self, individual, teacher, alpha):
-        path = self.folder.individual_path
-        return Task(individual, path(individual.id), None if individual.parent is None else path(individual.parent),
-                    None if teacher is None else path(teacher.id), alpha)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.pool.close()
+        return [evaluated[m.id] for m in individuals]
 
 
 def make_pool(job, count, backend="processes", address=None):
@@ -110,7 +96,7 @@ class Processes:
             places = [(f"cuda:{i}", slots) for i, slots in enumerate(_shares(count, torch.cuda.device_count()))]
         self.workers = [_Worker(self.context, replace(job, device=device), slots) for device, slots in places]
         for worker in self.workers:
-            worker.learn_slots()
+            worker.slots = worker.slots or worker.answer() or 1  # None if it died: run() finds out
 
     def run(self, tasks):
         """Yields each task's individual as it is done, in no particular order."""
@@ -119,18 +105,14 @@ class Processes:
             # One task a round to each, so that all GPUs are given the same number.
             while waiting and (free := [worker for worker in self.workers if len(worker.tasks) < worker.slots]):
                 min(free, key=lambda worker: len(worker.tasks)).give(waiting.popleft())
-            for worker in self._ready():
-                answer = worker.take()
+            busy = {worker.pipe: worker for worker in self.workers if worker.tasks}
+            for pipe in connection.wait(list(busy)):  # those that have answered or died
+                answer = busy[pipe].take()
                 if answer is not None:
                     yield answer
                 else:
-                    waiting.extendleft(worker.tasks.values())
-                    self._replace(worker, attempts)
-
-    def _ready(self):
-        """The busy workers that have answered or died; waits for the first."""
-        busy = {worker.pipe: worker for worker in self.workers if worker.tasks}
-        return [busy[pipe] for pipe in connection.wait(list(busy))]
+                    waiting.extendleft(busy[pipe].tasks.values())
+                    self._replace(busy[pipe], attempts)
 
     def _replace(self, worker, attempts):
         """Start another worker in the place of one that died over its tasks; where the GPU's memory was too small for
@@ -203,9 +185,6 @@ class _Worker:
         theirs.close()  # so that its death closes the pipe
         self.slots = slots
 
-    def learn_slots(self):
-        self.slots = self.slots or self._answer() or 1  # if it died instead, take() finds out
-
     def give(self, task):
         self.tasks[task.individual.id] = task
         try:
@@ -216,12 +195,12 @@ class _Worker:
     def take(self):
         """The individual of one of its tasks, or None if the process died; an error that is the user's to mend is
         raised."""
-        answer = self._answer()
+        answer = self.answer()
         if answer is not None:
             del self.tasks[answer.id]
         return answer
 
-    def _answer(self):
+    def answer(self):
         try:
             answer = self.pipe.recv()
         except (EOFError, OSError):

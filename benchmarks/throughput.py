@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -141,8 +141,8 @@ def ours(config, data, workers, networks=CHILDREN):
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder, config.identity())
         progress = SimpleNamespace(update=lambda n: None)
-        with Workers(make_pool(make_job(config, data), workers), run, progress) as pool:
-            generations = METHODS["epbt"](config, config.search_space(), data, pool, run)
+        with closing(make_pool(make_job(config, data), workers)) as pool:
+            generations = METHODS["epbt"](config, config.search_space(), data, Workers(pool, run, progress), run)
             for _ in range(2):  # the initial population, and the first one that has a teacher
                 next(generations)
             yield lambda: next(generations)

@@ -58,7 +58,8 @@ def taylorglo_loss(
     """The mean over the batch of Eq. 2 between labels x and predictions y = softmax(logits).
 
     Args:
-        logits: (B, C), C >= 1, float64, float32, float16 or bfloat16. Gradients flow to it only, and only once.
+        logits: (B, C), C >= 1, float64, float32, float16 or bfloat16. Nothing else receives a gradient, and there is
+            no second derivative.
         labels: (B,) int64 in [0, C). On the CPU another value raises ValueError; on CUDA it makes the loss NaN.
         theta: (8,) float32 or float64 on the device of the logits, the parameters of Eq. 2.
         teacher_logits: like logits, or None. With it, Eq. 3: x = alpha softmax(teacher) + (1 - alpha) one-hot.

@@ -35,13 +35,18 @@ def reference_loss(
     x = torch.where(((labels >= 0) & (labels < classes))[:, None], x, float("nan"))
     if teacher_logits is not None:  # Eq. 3
         x = alpha * torch.softmax(teacher_logits.detach().to(dtype), dim=1) + (1 - alpha) * x
-    t0, t1, t2, t3, t4, t5, t6, t7 = theta.detach().to(dtype).unbind()
+    return eq2(x, y, theta.detach().to(dtype).unbind()).mean()  # the mean over the batch
+
+
+def eq2(x, y, theta):
+    """Eq. 2 for labels x and predictions y (..., C), tensors or arrays; theta: eight numbers. Returns (...)."""
+    t0, t1, t2, t3, t4, t5, t6, t7 = theta
     a, b = y - t1, x - t0
-    f = (  # Eq. 2, the bracket
+    f = (
         t2 * a + t3 * a**2 / 2 + t4 * a**3 / 6
         + t5 * b * a + t6 * b * a**2 / 2 + t7 * b**2 * a / 2
     )  # fmt: skip
-    return -f.mean(dim=1).mean()  # Eq. 2: 1/n over the classes; then the batch
+    return -f.mean(-1)  # 1/n over the classes
 
 
 def check_inputs(
