@@ -18,7 +18,8 @@ import taylorglo_ext
 from data import Data, draw_augmentation, make_batch, normalize
 from evolution import first_step, random_stream
 from models import make_model
-from records import Individual, finite_or_none, load_individual, save_individual
+from options import flat
+from records import Individual, RunError, finite_or_none, load_individual, save_individual
 from taylorglo_ext import TaylorGLOLoss, distilled_cross_entropy
 
 EVALUATION_BATCH = 500  # at most
@@ -256,8 +257,12 @@ class Trainer:
                 step()
             graph = torch.cuda.CUDAGraph()
             # One pool of memory for all graphs of a slot, since only one of them runs at a time.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                step()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    step()
+            except torch.AcceleratorError as error:  # the end of a capture in which something else was raised
+                raise RunError(f"model {self.job.model}: its training step cannot be captured as a CUDA graph; use "
+                               f"--no-graphs ({flat(error.__context__ or error)})") from error
             self.graphs[step.__name__, kind] = graph
         return self.graphs[step.__name__, kind].replay
 
@@ -373,8 +378,14 @@ class Trainer:
 def prepare(job):
     """What a process does once before its first Trainer; returns the job with its data on the device."""
     torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # or the end of each turn would go back to GPU 0, and take memory there
+    if device.type == "cuda" and job.precision == "bfloat16" and torch.cuda.get_device_capability()[0] < 8:
+        raise RunError("--precision bfloat16 needs a GPU of compute capability 8.0 or more, not "
+                       f"{torch.cuda.get_device_name()}")
     if job.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA starts
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by a process's first call of cuBLAS
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not job.deterministic
     return replace(job, data=job.data.to(job.device))

@@ -223,17 +223,15 @@ def _serve(job, slots, pipe):
     keep_freed_memory()
     try:
         job = prepare(job)
-        trainers = [Trainer(job) for _ in range(slots)] if slots else worthwhile_trainers(job)
-        if slots is None:
-            pipe.send(len(trainers))
+        trainers = [Trainer(job) for _ in range(slots)] if slots else worthwhile_trainers(job, pipe)
         _take_turns(trainers, pipe)
     except (EOFError, ConnectionError):
         pass  # the parent is gone
     except (RunError, BackendError) as error:
         pipe.send(error)
-    except torch.OutOfMemoryError:
-        sys.exit(OUT_OF_MEMORY)
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            sys.exit(OUT_OF_MEMORY)
         traceback.print_exc()
         sys.exit(1)
 
@@ -263,8 +261,9 @@ def finished(busy):
     return ended
 
 
-def worthwhile_trainers(job):
-    """As many trainers on this GPU as raise its throughput, found by trying, within its memory."""
+def worthwhile_trainers(job, pipe):
+    """As many trainers on this GPU as raise its throughput, found by trying, within its memory. Tells the parent their
+    number."""
     trainers, best = [], 0.0
     while len(trainers) < MOST_SLOTS:
         try:
@@ -273,11 +272,22 @@ def worthwhile_trainers(job):
             if not trainers:
                 raise
             break
+        except RuntimeError as error:
+            if out_of_memory(error):  # of a kind after which this process cannot go on: the next has one slot less
+                pipe.send(len(trainers) + 1)
+            raise
         if images < best * WORTHWHILE:
             break
         trainers.append(one_more)
         best = images
+    pipe.send(len(trainers))
     return trainers
+
+
+def out_of_memory(error):
+    """Whether a GPU's memory was too small: cuDNN and CUDA have errors of their own for it."""
+    return isinstance(error, RuntimeError) and (isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "unable to find an engine", "ALLOC_FAILED")))
 
 
 def throughput(trainers):

@@ -1,6 +1,7 @@
 """Shared by the tests of the methods: real runs of a second, and runs that only pretend to train."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,9 @@ from epbt import METHODS, main
 
 TINY = ("--population 4 --generations 3 --epochs 1 --limit 300 --validation 60 --enlarge 1 --workers 1 --threads 1 "
         "--loss-backend reference --device cpu")
+
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before any test calls cuBLAS, which reads it once
 
 
 def pytest_collection_modifyitems(items):

@@ -36,7 +36,7 @@ def test_a_model_and_data_of_ones_own_and_a_loop_of_ones_own_under_the_schedule(
     printed = run(tmp_path, sys.executable, "-m", "examples.replay_schedule")
     summary, schedule = (read(tmp_path / "runs" / "own-model" / name) for name in ("summary.json", "schedule.json"))
     *_, by_hand, loaded, replayed = accuracies(printed)
-    assert by_hand == pytest.approx(summary["test_accuracy"], abs=1e-4)
+    assert by_hand == pytest.approx(summary["test_accuracy"], abs=0.003)  # by an image, where the run was on a GPU
     assert loaded == pytest.approx(summary["test_accuracy"], abs=0.006)  # its images are not rounded to bytes
     assert replayed > 0.5
     assert "weight_decay" in summary["best"]["hyperparameters"] and len(schedule["epochs"]) <= 8

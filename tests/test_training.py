@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -526,6 +529,24 @@ def test_a_captured_graph_computes_what_the_eager_step_computes(model, loss, on_
         assert outcome(captured, t) == expected
         assert outcome(captured, t) == expected  # replayed
     assert len(captured.graphs) > 4 and not eager.graphs
+
+
+class Peeking(Small):
+    """Looks at a value on the host."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 if x.sum().item() else 2)
+
+
+@pytest.mark.cuda
+def test_a_step_that_cannot_be_captured_is_told_in_one_line(tmp_path):
+    script = ("import pathlib, records, test_training as t\n"  # in a process of its own: CUDA does not recover from it
+              "trainer = t.Trainer(t.prepare(t.replace(t.job('Peeking'), device='cuda:0')))\n"
+              "try: trainer.evaluate(t.task(pathlib.Path('.')))\n"
+              "except records.RunError as error: print(error)\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert "Peeking: its training step cannot be captured" in done.stdout and "--no-graphs" in done.stdout, done.stderr
 
 
 @pytest.mark.cuda

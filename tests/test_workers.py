@@ -144,16 +144,23 @@ def test_slots_that_take_turns_in_one_thread_write_the_same_bytes(job, tmp_path)
 
 
 def test_as_many_slots_are_kept_as_raise_the_throughput(job, monkeypatch):
+    told = []
+    pipe = SimpleNamespace(send=told.append)
     images = iter([100.0, 180.0, 200.0, 205.0])
     monkeypatch.setattr(workers, "throughput", lambda trainers: next(images))
-    assert len(workers.worthwhile_trainers(job)) == 3
+    assert len(workers.worthwhile_trainers(job, pipe)) == 3
 
     def too_large(trainers):
         if len(trainers) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return 100.0
     monkeypatch.setattr(workers, "throughput", too_large)
-    assert len(workers.worthwhile_trainers(job)) == 1
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    assert len(workers.worthwhile_trainers(job, pipe)) == 1
+    error = RuntimeError("GET was unable to find an engine to execute this computation")
+    with pytest.raises(RuntimeError, match="unable to find an engine"):
+        workers.worthwhile_trainers(job, pipe)
+    assert told == [3, 1, 2]  # the last of which takes one away when it ends
 
 
 def test_throughput_is_measured_without_a_trace(job, expected, tmp_path):
@@ -214,9 +221,10 @@ def test_an_error_that_the_user_can_mend_is_told_as_it_is(pool, tmp_path):
 # A GPU whose memory is too small
 
 
-def test_out_of_memory_lowers_the_number_of_workers(pool, expected, tmp_path, capfd):
-    trap = fail, torch.OutOfMemoryError("CUDA out of memory")
-    list(pool.run(with_trap(tasks(tmp_path / "run"), 0, *trap, memory=tmp_path / "memory")))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("out of memory"),
+                                   RuntimeError("CUDNN_STATUS_ALLOC_FAILED")])
+def test_out_of_memory_lowers_the_number_of_workers(error, pool, expected, tmp_path, capfd):
+    list(pool.run(with_trap(tasks(tmp_path / "run"), 0, fail, error, memory=tmp_path / "memory")))
     assert files(tmp_path / "run") == expected
     assert len(pool.workers) == 1
     assert capfd.readouterr().err == "out of memory on cpu: going on with no of its slots\n"
