@@ -35,7 +35,7 @@ from replay import ancestry
 from taylorglo_ext.reference import eq2
 from training import learning_rate
 
-METHODS = {"baseline": "Baseline 1", "pbt": "Baseline 2 (PBT)", "random": "Independent networks", "epbt": "EPBT",
+TITLES = {"baseline": "Baseline 1", "pbt": "Baseline 2 (PBT)", "random": "Independent networks", "epbt": "EPBT",
            "replay": "Replayed schedule"}
 BASELINES = ("baseline", "pbt", "random")
 # Okabe and Ito's colours, which the colour-blind can tell apart; markers say the same again.
@@ -72,7 +72,7 @@ class Run:
     seconds: float  # of the generations so far
 
     def __post_init__(self):
-        self.method = METHODS[self.config.method]
+        self.method = TITLES[self.config.method]
         preset = getattr(self.config, "preset", "paper")
         self.label = self.method + ("" if preset == "paper" else f" (preset {preset})")
         self.best = [fittest(line["population"]) for line in self.log]  # of each generation, by fitness alone
@@ -101,7 +101,7 @@ class Row:
 
     @property
     def plain(self):
-        return self.label == METHODS[self.method]
+        return self.label == TITLES[self.method]
 
     @property
     def complete(self):
@@ -152,7 +152,7 @@ def theta(individual):
     return [individual["hyperparameters"][f"theta{i}"] for i in range(8)]
 
 
-def schedule(run):
+def evolved_values(run):
     """{name: values by epoch} of the learning rate, and of the momentum and whatever else is evolved beside the loss,
     under which the best individual of each generation was trained. An elite keeps those of its own generation."""
     others = [name for name in run.best[-1]["hyperparameters"] if not name.startswith(("theta", "lr_"))]
@@ -183,14 +183,14 @@ NO_VARIANT = {"method", "dataset", "model", "seed", "replay", "device", "threads
 
 
 def group(runs):
-    """{(dataset, model): rows}, the rows in the order of METHODS, those with other settings after the plain one."""
+    """{(dataset, model): rows}, the rows in the order of TITLES, those with other settings after the plain one."""
     problems, sources = {}, {}
     for run in runs:
         sources.setdefault(run.problem[0], set()).add(run.source)
     for run in runs:
         if len(sources[run.problem[0]]) > 1:  # of one name, but not the same data
             run.problem = run.source, run.config.model
-    for run in sorted(runs, key=lambda run: (run.problem, list(METHODS).index(run.config.method), run.config.seed)):
+    for run in sorted(runs, key=lambda run: (run.problem, list(TITLES).index(run.config.method), run.config.seed)):
         problems.setdefault(run.problem, []).append(run)
     return {problem: make_rows(same) for problem, same in problems.items()}
 
@@ -204,7 +204,7 @@ def make_rows(runs):
         if twin := next((other for other in row.runs if other.config.seed == run.config.seed), None):
             raise RunError(f"{twin.folder} and {run.folder} are the same experiment with the same seed: give one")
         row.runs.append(run)
-    return sorted(rows.values(), key=lambda row: (list(METHODS).index(row.method), not row.plain, row.label))
+    return sorted(rows.values(), key=lambda row: (list(TITLES).index(row.method), not row.plain, row.label))
 
 
 def settings_apart(run, runs):
@@ -476,7 +476,7 @@ FIGURE_6 = {"learning rate": "#D55E00", "momentum": "#0072B2"}  # and their colo
 def figure_schedule(runs, title):
     """Figure 6: learning rate and momentum of the best individual of each generation by epoch, on a linear and a
     logarithmic scale, and below them what else is evolved beside the loss; a column for each run."""
-    others = [name for name in schedule(runs[0]) if name not in FIGURE_6]
+    others = [name for name in evolved_values(runs[0]) if name not in FIGURE_6]
     figure = Figure(figsize=(max(4.6, 2.3 * len(runs) + 0.5), 4.8 + 1.3 * len(others)), layout="constrained")
     axes = figure.subplots(2 + len(others), len(runs), squeeze=False, sharex=True, sharey="row",
                            height_ratios=[2, 2, *(1 for _ in others)])
@@ -485,7 +485,7 @@ def figure_schedule(runs, title):
         ax.stairs(values, np.arange(len(values) + 1), baseline=None, **look)
 
     for (linear, logarithmic, *more), run in zip(axes.T, runs, strict=True):
-        values = schedule(run)
+        values = evolved_values(run)
         fixed = baseline_rates(run)
         for ax in (linear, logarithmic):
             for name, colour in FIGURE_6.items():

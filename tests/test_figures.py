@@ -20,12 +20,12 @@ from figures import (
     compare,
     draw_run,
     epochs_to_pass,
+    evolved_values,
     fittest,
     group,
     load_run,
     main,
     paired_t,
-    schedule,
     table,
     tables,
     zoom,
@@ -165,7 +165,7 @@ def test_schedule_is_that_of_the_best_and_an_elite_keeps_its_own(tmp_path):
     # Of 4 generations of 2 epochs, decay after 0.5 * 8 = 4. The best of generations 0 and 1 is 0, of 2 and 3 it is 6.
     run = load_run(write(tmp_path / "e", evolved(0.5, 0.4, 0.8, 0.7), population=4, milestones=(0.5,)))
     assert [best["id"] for best in run.best] == [0, 0, 6, 6]
-    values = schedule(run)
+    values = evolved_values(run)
     assert values["momentum"] == [0.5] * 4 + [0.56] * 4
     assert values["learning rate"] == pytest.approx([0.1] * 4 + [0.1 * 7 / 2] * 4)
     assert list(values) == ["learning rate", "momentum"]
@@ -198,7 +198,7 @@ def test_baseline_1_evolves_nothing_and_has_its_curves_alone_the_same_each_time(
 def test_other_evolved_variables_are_drawn_too(tmp_path):
     log = [[member(0, 0, 0.5, weight_decay=1e-4, lr_scale=1.0)]]
     run = load_run(write(tmp_path / "r", log, milestones=(0.9,)))
-    assert schedule(run) == {"learning rate": [0.1, 0.1], "weight_decay": [1e-4, 1e-4]}
+    assert evolved_values(run) == {"learning rate": [0.1, 0.1], "weight_decay": [1e-4, 1e-4]}
 
 
 def test_the_zoom_is_on_the_late_part_of_the_curves_that_end_near_the_top():
