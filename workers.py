@@ -32,6 +32,7 @@ from training import Task, Trainer, prepare
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ATTEMPTS = 3  # a task whose worker dies is given out again, this many times in all
 OUT_OF_MEMORY = 75  # the exit code of a worker whose GPU had no memory left
+UNGUARDED = 76  # and of one that came upon evolve() while it imported the user's script
 PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
 MOST_SLOTS = 16  # on a GPU
 REHEARSAL = 50  # training steps by which throughput is measured
@@ -119,6 +120,9 @@ class Processes:
         all of them, with one slot less."""
         self.workers.remove(worker)
         slots, ids = worker.slots, sorted(worker.tasks)
+        if worker.process.exitcode == UNGUARDED:
+            raise RunError('worker processes import the script that calls evolve(): the call must stand under '
+                           'if __name__ == "__main__":')
         if worker.process.exitcode == OUT_OF_MEMORY:
             slots -= 1
             if slots == 0 and not self.workers:
@@ -154,6 +158,8 @@ def _shares(count, devices):
 def start_server():
     """Workers are forked from a server that has imported torch but started no thread and no CUDA context. It imports
     in the background; to call this once more does nothing."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+        os._exit(UNGUARDED)
     context = multiprocessing.get_context("forkserver")
     # torch by its own name too: before Python 3.13 the server looks for modules in the working directory only, and so may
     # not find ours.
@@ -174,7 +180,7 @@ class _Worker:
     """One process of the pool, seen from the parent."""
 
     def __init__(self, context, job, slots):
-        """slots: how many tasks it has at once; None: it finds out how many pay, and `learn_slots` waits for it."""
+        """slots: how many tasks it has at once; None: it finds out how many pay, and tells."""
         self.job, self.tasks = job, {}
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(job, slots, theirs), daemon=True)

@@ -480,6 +480,17 @@ def test_a_model_of_a_script_that_no_worker_can_import(tmp_path):
                                             "there must be no dot before .py")
 
 
+def test_a_script_that_calls_evolve_while_workers_import_it_is_told_what_to_do(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text("import epbt\nepbt.evolve(epbt.Config(workers=2, device='cpu', loss_backend='reference'))\n")
+    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                          cwd=tmp_path, capture_output=True, text=True)
+    *_, last = done.stderr.splitlines()
+    assert last == ("records.RunError: worker processes import the script that calls evolve(): the call must stand under "
+                    'if __name__ == "__main__":')
+    assert done.stderr.count("Traceback") == 1  # the script's own
+
+
 def test_a_run_in_which_every_network_diverged_says_so(run_epbt, capsys):
     run_epbt("--learning-rate", "1e30", "--generations", "1")
     assert "every network diverged" in capsys.readouterr().out
