@@ -15,7 +15,7 @@ import ray
 import torch
 
 from data import ImageSet
-from options import flat
+from options import message
 from records import RunError, write_atomic
 from taylorglo_ext import BackendError
 from training import Trainer, prepare
@@ -36,7 +36,7 @@ class RayPool:
                      runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "
-                           f"{flat(error)}") from error
+                           f"{message(error)}") from error
         resources = dict(num_cpus=job.threads)
         if job.device != "cpu":
             gpus = ray.cluster_resources().get("GPU", 0)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from options import flat, nearest
+from options import message, nearest
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
@@ -199,9 +199,9 @@ def published(title, read, files, how):
     try:
         return read()
     except OSError as error:  # no permission, or no network
-        problem, cause = flat(error), error
+        problem, cause = message(error), error
     except RuntimeError as error:  # what torchvision raises for a missing file and for a wrong checksum
-        problem, cause = flat(error), error
+        problem, cause = message(error), error
         at_fault = next((path for path, md5 in files if not check_integrity(path, md5)), None)
         if at_fault is not None:
             problem = f"{at_fault} is " + ("damaged (wrong checksum)" if at_fault.is_file() else "missing")
@@ -245,14 +245,14 @@ def read_image_folder(folder, size):
     try:
         listing = VisibleFolder(folder)
     except (OSError, ValueError) as error:  # a class without images, or no class at all
-        raise DataError(f"{folder}: {flat(error)} Accepted is FOLDER/<class>/<image>") from error
+        raise DataError(f"{folder}: {message(error)} Accepted is FOLDER/<class>/<image>") from error
 
     def decode(path):
         try:
             with Image.open(path) as image:
                 return np.asarray(eight_bit(image).convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
         except Exception as error:  # Pillow's decoders raise errors of many kinds
-            raise DataError(f"cannot read the image {path} ({flat(error)})") from error
+            raise DataError(f"cannot read the image {path} ({message(error)})") from error
 
     if len(listing.classes) < 2:
         raise DataError(f"{folder} has only one class, {listing.classes[0]!r}; accepted is a subfolder for each of several")
@@ -445,7 +445,7 @@ def read_dataset(dataset, part):
             image, label = dataset[i]
             labels.append(operator.index(label))
         except (TypeError, ValueError) as error:
-            raise DataError(f"{part} item {i} is not a pair (image, whole number): {flat(error)}") from error
+            raise DataError(f"{part} item {i} is not a pair (image, whole number): {message(error)}") from error
         if isinstance(image, Image.Image):
             image = np.array(image if eight_bit(image).mode == "L" else image.convert("RGB"))
             image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
@@ -462,7 +462,7 @@ def as_tensor(array, what):
     try:
         return torch.from_numpy(np.ascontiguousarray(array))
     except (TypeError, ValueError) as error:
-        raise DataError(f"{what}: accepted are numbers in a tensor or an array ({flat(error)})") from error
+        raise DataError(f"{what}: accepted are numbers in a tensor or an array ({message(error)})") from error
 
 
 def to_uint8(images, part):

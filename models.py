@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from options import ConfigError, flat, nearest
+from options import ConfigError, message, nearest
 
 
 class BasicBlock(nn.Module):
@@ -176,7 +176,7 @@ def mismatch(name, num_classes, shape):
                     "must fill it, as with copy_()")
     except Exception as error:  # whatever the user's model raises
         return (f"model {name}: it cannot be trained on images of {' x '.join(map(str, shape))} (channels, height, width): "
-                f"{type(error).__name__}: {flat(error)}")
+                f"{type(error).__name__}: {message(error)}")
     return None
 
 
@@ -244,7 +244,7 @@ def own_factory(module_name, attribute):
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported
         raise ValueError(f"model {module_name}:{attribute}: cannot import {module_name!r} "
-                         f"({type(error).__name__}: {flat(error)})") from error
+                         f"({type(error).__name__}: {message(error)})") from error
     factory = getattr(module, attribute, None)
     if not callable(factory):
         where = getattr(module, "__file__", module_name)

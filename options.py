@@ -18,7 +18,7 @@ def nearest(name, names):
     return f", did you mean {lower[matches[0]]!r}?" if matches else ""
 
 
-def flat(error):
+def message(error):
     """What an error says, in one line."""
     return " ".join(str(error).split())
 

@@ -18,7 +18,7 @@ import taylorglo_ext
 from data import Data, draw_augmentation, make_batch, normalize
 from evolution import first_step, random_stream
 from models import make_model
-from options import flat
+from options import message
 from records import Individual, RunError, finite_or_none, load_individual, save_individual
 from taylorglo_ext import TaylorGLOLoss, distilled_cross_entropy
 
@@ -261,8 +261,10 @@ class Trainer:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     step()
             except torch.AcceleratorError as error:  # the end of a capture in which something else was raised
+                if out_of_memory(error):
+                    raise
                 raise RunError(f"model {self.job.model}: its training step cannot be captured as a CUDA graph; use "
-                               f"--no-graphs ({flat(error.__context__ or error)})") from error
+                               f"--no-graphs ({message(error.__context__ or error)})") from error
             self.graphs[step.__name__, kind] = graph
         return self.graphs[step.__name__, kind].replay
 
@@ -389,6 +391,12 @@ def prepare(job):
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not job.deterministic
     return replace(job, data=job.data.to(job.device))
+
+
+def out_of_memory(error):
+    """Whether a GPU's memory was too small: cuDNN and CUDA have errors of their own for it."""
+    return isinstance(error, RuntimeError) and (isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("out of memory", "unable to find an engine", "ALLOC_FAILED")))
 
 
 def learning_rate(h, epoch, job):

@@ -27,7 +27,7 @@ import torch.multiprocessing as multiprocessing
 
 from records import RunError
 from taylorglo_ext import BackendError
-from training import Task, Trainer, prepare
+from training import Task, Trainer, out_of_memory, prepare
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ATTEMPTS = 3  # a task whose worker dies is given out again, this many times in all
@@ -288,12 +288,6 @@ def worthwhile_trainers(job, pipe):
         best = images
     pipe.send(len(trainers))
     return trainers
-
-
-def out_of_memory(error):
-    """Whether a GPU's memory was too small: cuDNN and CUDA have errors of their own for it."""
-    return isinstance(error, RuntimeError) and (isinstance(error, torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("out of memory", "unable to find an engine", "ALLOC_FAILED")))
 
 
 def throughput(trainers):
