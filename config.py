@@ -16,7 +16,7 @@ import torch
 
 import options
 from baselines import PBT_SPACE
-from data import DATASETS, folder_source
+from data import DATASETS, Augmentation, folder_source
 from evolution import search_space
 from models import model_error
 from options import ConfigError, option
@@ -46,6 +46,7 @@ PRESETS = {
                  high_rates=True, evolve_cutout=True),
 }
 SINGLE = ("baseline", "replay")  # methods of one network, which trains on the validation images too (Sec. 4.1)
+SCHEDULED = ("learning_rate", "momentum", "weight_decay", "loss")  # what a replay takes from its schedule
 ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start from a parent that did not train lately
 
 
@@ -146,7 +147,10 @@ class Config:
         """The same with every default filled in. Raises ConfigError, which lists all that is wrong."""
         if lines := options.mistakes(self):
             raise ConfigError("\n".join(lines))
-        c, recorded = replace(self), {} if self.replay is None else read_schedule(self.replay)
+        c = replace(self)
+        if c.replay is not None:
+            c.replay = os.path.expanduser(c.replay)
+        recorded = {} if c.replay is None else read_schedule(c.replay)
         c.dataset = c.dataset or recorded.get("dataset", "digits")
         protocol = PROTOCOLS.get(c.dataset, CIFAR10)
         if recorded:
@@ -155,6 +159,10 @@ class Config:
             if (self.dataset, c.dataset) == (None, "custom"):
                 raise ConfigError(f"{c.replay} is of data that were given to evolve(): say with --dataset what to train on")
             c.method, c.add_cross_entropy = "replay", recorded.get("add_cross_entropy", False)
+            given = [f for f in fields(self) if f.name in SCHEDULED and getattr(self, f.name) != f.default]
+            if self.add_cross_entropy not in (None, c.add_cross_entropy) or given:
+                names = ", ".join(map(options.flag, given)) or "--add-cross-entropy"
+                raise ConfigError(f"--replay has {names} from its schedule: leave that away")
             if c.average_weights is None:
                 c.average_weights = recorded.get("average_weights", False)
             protocol = {**protocol, "model": recorded["model"], "batch_size": recorded["batch_size"], "epochs": 1,
@@ -171,7 +179,8 @@ class Config:
         c.threads = c.threads or (cores if c.population == 1 else 1)
         if c.device == "cpu" and c.backend == "processes":
             c.workers = c.workers or max(1, cores // c.threads)
-        c.out = c.out or os.path.join("runs", f"{c.method}-{os.path.basename(os.path.normpath(c.dataset))}-{c.seed}")
+        name = os.path.basename(os.path.normpath(c.dataset))
+        c.out = os.path.expanduser(c.out or os.path.join("runs", f"{c.method}-{name}-{c.seed}"))
         if lines := c.contradictions():
             raise ConfigError("\n".join(lines))
         return c
@@ -229,18 +238,19 @@ class Config:
         in_a_generation = self.population - (self.elites if self.method == "epbt" else 0)
         return self.population + (self.generations - 1) * in_a_generation
 
-    def search_space(self):
-        """The variables that the method evolves."""
+    def search_space(self, augmentation=None):
+        """The variables that the method evolves. augmentation: of data that are given to evolve()."""
         if self.method == "epbt":
             theta_range = self.theta_range if self.loss == "taylorglo" else None
-            return search_space(theta_range, self.high_rates, self.largest_cutout() if self.evolve_cutout else 0)
+            cutout = self.augmentation(augmentation).cutout if self.evolve_cutout else 0
+            return search_space(theta_range, self.high_rates, cutout)
         return PBT_SPACE if self.method in ("pbt", "random") else ()
 
-    def largest_cutout(self):
-        """In pixels: that of the data set. Tensors of one's own are not augmented."""
+    def augmentation(self, given=None):
+        """That of the data set; of data that are given to evolve(), what is given with them."""
         if self.dataset == "custom":
-            return 0
-        return (DATASETS.get(self.dataset) or folder_source(self.dataset, self.image_size)).augmentation.cutout
+            return given or Augmentation()
+        return (DATASETS.get(self.dataset) or folder_source(self.dataset, self.image_size)).augmentation
 
     def fixed(self, data):
         """The hyperparameters of individuals that do not evolve them."""

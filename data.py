@@ -235,15 +235,21 @@ def read_folder(folder, size):
 
 def read_image_folder(folder, size):
     """Images (N, 3, size, size) uint8, labels (N,) int64 and class names, as in torchvision's ImageFolder."""
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, has_file_allowed_extension
 
     class VisibleFolder(ImageFolder):
+        """Without what has a dot before its name: .ipynb_checkpoints has copies, and ._1.png is no image."""
+
         def find_classes(self, directory):
-            names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]  # .ipynb_checkpoints
+            names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
             return names, {name: i for i, name in enumerate(names)}
 
+    def visible_image(path):
+        parts = Path(path).relative_to(folder).parts
+        return has_file_allowed_extension(path, IMG_EXTENSIONS) and not any(part.startswith(".") for part in parts)
+
     try:
-        listing = VisibleFolder(folder)
+        listing = VisibleFolder(folder, is_valid_file=visible_image)
     except (OSError, ValueError) as error:  # a class without images, or no class at all
         raise DataError(f"{folder}: {message(error)} Accepted is FOLDER/<class>/<image>") from error
 
@@ -339,8 +345,12 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     limit: how many images of `train` are used, validation included; None is all.
     The split and the copies are functions of `seed`. Raises DataError.
     """
-    listed = getattr(train, "classes", None)
-    class_names = class_names or (listed if isinstance(listed, list | tuple) else None)
+    listed, of_test = (getattr(source, "classes", None) for source in (train, test))
+    if isinstance(listed, list | tuple):
+        if isinstance(of_test, list | tuple) and list(listed) != list(of_test):
+            raise DataError("train.classes and test.classes must be the same; only one of them has "
+                            f"{', '.join(sorted(set(map(str, listed)) ^ set(map(str, of_test)))) or 'their order'}")
+        class_names = class_names or listed
     train, test = read_images(train, "training"), read_images(test, "test")
     highest = int(train.labels.max())
     if not class_names and highest >= len(train):
@@ -429,7 +439,7 @@ def read_images(source, part):
     if images.ndim != 4 or labels.shape != images.shape[:1] or 0 in images.shape:
         raise DataError(f"the {part} images have the shape {tuple(images.shape)}, their labels "
                         f"{tuple(labels.shape)}; accepted are (N, channels, height, width) and (N,)")
-    if images.shape[3] in (1, 3) and images.shape[1] == images.shape[2] > 3:
+    if images.shape[3] <= 4 < images.shape[1]:
         raise DataError(f"the {part} images have the shape {tuple(images.shape)}: channels last; accepted are (N, "
                         "channels, height, width), which images.permute(0, 3, 1, 2) gives")
     if labels.is_floating_point() or labels.is_complex():

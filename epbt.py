@@ -9,8 +9,10 @@ parameters), learning-rate schedule and momentum. `epbt` below is Algorithm 1; h
 import gc
 import io
 import json
+import os
 import shlex
 import sys
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from statistics import median
@@ -25,6 +27,7 @@ from config import SINGLE, parse
 from config import Config as Config  # for `from epbt import Config, evolve`
 from data import Data, DataError, load_data, make_data
 from evolution import (
+    Variable,
     as_array,
     as_dicts,
     crossover,
@@ -35,7 +38,7 @@ from evolution import (
     select_elites,
     tournament,
 )
-from models import factory_name, mismatch
+from models import factory_name
 from options import ConfigError, nearest
 from records import (
     Individual,
@@ -48,7 +51,7 @@ from records import (
     write_atomic,
 )
 from replay import SCHEDULE, replay, schedule
-from training import HYPERPARAMETERS, Job, load_state
+from training import HYPERPARAMETERS, Job, load_state, mismatch
 from watch import watched
 from workers import Workers, make_pool, start_server
 
@@ -115,12 +118,13 @@ class Outcome:
     summary: dict  # as in summary.json
 
 
-def evolve(config, make_model=None, train=None, test=None, space=None, report=None):
+def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None, report=None):
     """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, or with a model and data of your own.
 
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so that worker
-    processes find it. train, test: (images, labels) or map-style Datasets, as data.make_data takes them.
-    space: the evolved variables, for example (*config.resolved().search_space(), Variable("cutout", 0, 16)).
+    processes find it. train, test: (images, labels) or map-style Datasets, as data.make_data takes them; augmentation: a
+    data.Augmentation of these, None is none.
+    space: the evolved variables, for example (*config.resolved().search_space(), Variable("weight_decay", 0, 1e-3)).
     report: called with each line for people, in place of print. Raises ConfigError, DataError, RunError and
     taylorglo_ext.BackendError, whose messages are clear lines."""
     if make_model is not None:
@@ -130,16 +134,18 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=No
     config = config.resolved()
     if config.model.startswith("__main__:") and config.slots() != 1:
         raise ConfigError("worker processes cannot find a make_model that is in no file: put it into one, or use workers=1")
-    space = checked_space(config.search_space() if space is None else space)
+    space = checked_space(config.search_space(augmentation) if space is None else space)
     if config.slots() != 1 and config.backend == "processes":
         start_server()  # it has imported PyTorch by the time the data is read
-    data = read_data(config, train, test)
-    if error := mismatch(config.model, data.num_classes, (data.channels, data.height, data.width)):
+    data = read_data(config, train, test, augmentation)
+    if error := mismatch(config.model, data.num_classes, (data.channels, data.height, data.width), config.batch_size):
         raise ConfigError(f"--model: {error}")
     config = replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device))
     job = make_job(config, data)
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
                                     "space": [list(vars(v).values()) for v in space]}
+    if augmentation is not None:
+        identity["augmentation"] = vars(augmentation)
     with (closing(RunFolder(config.out, identity, config.resume, config.overwrite)) as folder,
           tqdm(total=config.evaluations(), initial=folder.evaluated(), unit=" networks", disable=None) as bar,
           closing(make_pool(job, config.slots(), config.backend, config.ray_address)) as pool):
@@ -160,12 +166,18 @@ def make_job(config, data):
 
 
 def checked_space(space):
-    """The same variables; raises ConfigError if training does not apply one, or has one twice."""
-    space = tuple(space)
+    """The same variables; raises ConfigError if training cannot apply one, or has one twice."""
+    space = tuple(space) if isinstance(space, Iterable) else (space,)
+    for v in space:
+        if not isinstance(v, Variable) or not all(isinstance(bound, int | float) for bound in (v.low, v.high)):
+            raise ConfigError("space must be a tuple of evolution.Variable, such as Variable(\"momentum\", 0.5, 0.9), with "
+                              f"Python's numbers, not {v!r}")
     names = [v.name for v in space]
     lines = [f"no hyperparameter is called {name!r}{nearest(name, HYPERPARAMETERS)}; accepted are "
              f"{', '.join(HYPERPARAMETERS)}" for name in names if name not in HYPERPARAMETERS]
     lines += [f"{name} is twice among the evolved variables" for name in sorted(set(names)) if names.count(name) > 1]
+    lines += [f"{v.name} cannot be {v.low} to {v.high}; it must be at least 0{', and at most 1' * (v.name == 'momentum')}"
+              for v in space if not v.name.startswith("theta") and (v.low < 0 or v.name == "momentum" and v.high > 1)]
     theta = sum(name.startswith("theta") for name in names)
     if theta not in (0, 8):
         lines.append(f"the evolved variables have {theta} of the eight thetas; they must have all or none")
@@ -174,12 +186,16 @@ def checked_space(space):
     return space
 
 
-def read_data(config, train, test):
+def read_data(config, train, test, augmentation=None):
     """The data of a run; networks that stand alone train on the validation images as well (Sec. 4.1, Baseline 1)."""
     shared = dict(seed=config.seed, validation=config.validation, train_on_all=config.method in SINGLE,
                   limit=config.limit)
     if train is not None or test is not None:
-        return make_data(train, test, enlarge=config.enlarge or 1, **shared)
+        return make_data(train, test, enlarge=config.enlarge or 1, augmentation=augmentation, **shared)
+    if augmentation is not None:
+        raise ConfigError("augmentation is for data that are given to evolve(); named data sets have their own")
+    if config.dataset == "custom" and not os.path.isdir(config.dataset):
+        raise ConfigError("the data of this run were given to evolve(): go on from Python, with resume=True")
     return load_data(config.dataset, config.data_root, enlarge=config.enlarge, image_size=config.image_size,
                      download=config.download, **shared)
 
@@ -235,7 +251,7 @@ def print_outcome(config, summary):
     if h:
         print("hyperparameters: " + ", ".join(f"{name} {value:.4g}" for name, value in h.items()))
     if "theta0" in h:
-        print(formula(h))
+        print(formula(h) + (" + cross-entropy" if config.add_cross_entropy else ""))
     print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained")
     print(f"weights, log, schedule, figures and report.html are in {config.out}")
 

@@ -240,7 +240,7 @@ def unusual(config):
     if config.method in SINGLE:
         usual |= {"population": 1}
     if config.method == "replay":
-        own = "generations", "epochs", *OF_THE_SCHEDULE
+        own = "generations", "epochs", "milestones", "lr_decay", *OF_THE_SCHEDULE
         usual |= {key: getattr(config, key) for key in own if hasattr(config, key)}
     choices = {key: getattr(config, key, usual[key]) for key in SEARCH}
     standard = Config(method=config.method, dataset=config.dataset, **choices).search_space()
@@ -398,9 +398,12 @@ def write_csv(path, problems):
 
 
 def looks(rows):
-    """{label: (colour, marker)}: the methods always have the same."""
-    more = cycle(MORE_LOOKS)
-    return {row.label: LOOKS.get(row.label) or next(more) for row in rows}
+    """{label: (colour, marker)}: a method always has the same, if it is there in one variant."""
+    more, labels = cycle(MORE_LOOKS), {}
+    for row in rows:
+        labels.setdefault(row.method, set()).add(row.label)
+    return {row.label: LOOKS[TITLES[row.method]] if row.plain or len(labels[row.method]) == 1 else next(more)
+            for row in rows}
 
 
 def figure_accuracy(problems):
@@ -586,6 +589,8 @@ def compare(folders, out="figures"):
         raise RunError("no generation of any run is finished yet")
     problems = group(started)
     text = "\n".join(tables(problem, rows) for problem, rows in problems.items())
+    if waiting := [str(run.folder) for run in runs if not run.log]:
+        text += f"\nNo generation finished yet: {', '.join(waiting)}.\n"
     with matplotlib.rc_context(STYLE):
         save(compared_figures(problems), Path(out))
     (Path(out) / "tables.md").write_text(text)

@@ -7,10 +7,13 @@ or `package.module:factory` for your own, called as `factory(num_classes=..., in
 import importlib
 import inspect
 import os
+import random
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -130,17 +133,43 @@ MODELS = {
 def make_model(name: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
     """A new classifier, float32 on the CPU: images (B, in_channels, H, W) to logits (B, num_classes).
 
-    Its weights are a function of `seed` alone; PyTorch's global generator stays as it was. The models in
+    Its weights are a function of `seed` alone; the global random generators stay as they were. The models in
     `MODELS` take any height and width from 8 pixels on. Raises ValueError for a name that is not a model's.
     """
     factory = find_factory(name)
-    # Constructors, other people's too, draw from the global generator: seed it, then restore it.
-    with torch.random.fork_rng(devices=[]):
+    # Constructors, other people's too, draw from the global generators: seed these, then restore them.
+    with random_states_kept():
         torch.default_generator.manual_seed(int(seed))
+        seed_numpy_and_python(seed)
         model = factory(num_classes=num_classes, in_channels=in_channels)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name}: the factory returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def random_states():
+    """Those of the global generators on the CPU, from which a model may draw."""
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def set_random_states(states):
+    for set_state, state in zip((torch.set_rng_state, np.random.set_state, random.setstate), states, strict=True):
+        set_state(state)
+
+
+def seed_numpy_and_python(seed):
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def random_states_kept():
+    """What is drawn within changes nothing outside."""
+    before = random_states()
+    try:
+        yield
+    finally:
+        set_random_states(before)
 
 
 def model_error(name: str) -> str | None:
@@ -149,34 +178,6 @@ def model_error(name: str) -> str | None:
         find_factory(name)
     except ValueError as error:
         return str(error)
-    return None
-
-
-def mismatch(name, num_classes, shape):
-    """One line that says why a model cannot be trained on images of `shape` (channels, height, width), or None: two of
-    them are sent forward in both of its modes, and backward in training mode."""
-    try:
-        model = make_model(name, num_classes, shape[0], seed=0)
-        for p in model.parameters():
-            if isinstance(p, nn.parameter.UninitializedParameter):
-                return f"model {name}: it has lazy layers, whose sizes must be given"
-            if p.dtype != torch.float32:
-                return f"model {name}: its parameters must be float32, not {p.dtype}"
-        buffers = dict(model.named_buffers())
-        for training in (False, True):
-            with torch.random.fork_rng(devices=[]):  # for dropout
-                logits = model.train(training)(torch.zeros(2, *shape).to(memory_format=torch.channels_last))
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            if found != (2, num_classes):
-                return (f"model {name}: for 2 images of {num_classes} classes it must return a tensor (2, {num_classes}), "
-                        f"not {found}")
-        logits.sum().backward()
-        if replaced := [n for n, b in model.named_buffers() if buffers.get(n) is not b]:
-            return (f"model {name}: its forward() replaces the buffer {replaced[0]}, so that no child would inherit it; it "
-                    "must fill it, as with copy_()")
-    except Exception as error:  # whatever the user's model raises
-        return (f"model {name}: it cannot be trained on images of {' x '.join(map(str, shape))} (channels, height, width): "
-                f"{type(error).__name__}: {message(error)}")
     return None
 
 

@@ -17,7 +17,7 @@ import torch
 import taylorglo_ext
 from data import Data, draw_augmentation, make_batch, normalize
 from evolution import first_step, random_stream
-from models import make_model
+from models import make_model, random_states, random_states_kept, seed_numpy_and_python, set_random_states
 from options import message
 from records import Individual, RunError, finite_or_none, load_individual, save_individual
 from taylorglo_ext import TaylorGLOLoss, distilled_cross_entropy
@@ -103,13 +103,17 @@ class Network:
         """A view of flat that is laid out as p is, or without its gaps where p has any."""
         return flat.as_strided(p.shape, torch.empty_like(p, device="meta").stride(), flat.storage_offset() + offset)
 
-    @torch.no_grad()
     def start_afresh(self, model):
         """Take the weights and buffers of a new model; the momentum is zero."""
-        for own, new in zip(chain(self.model.parameters(), self.model.buffers()),
-                            chain(model.parameters(), model.buffers()), strict=True):
-            own.copy_(new)
+        copy_tensors(model, self.model)
         self.momentum.zero_()
+
+    def load(self, state):
+        """Take a whole state. Raises RunError for one of another model."""
+        if len(state) != len(self.state):
+            raise RunError(f"the weights in the run's folder have {len(state):,} bytes, and the model has "
+                           f"{len(self.state):,}: it has been changed since")
+        self.state.copy_(state)
 
     @torch.no_grad()
     def sgd_step(self, learning_rate, momentum, weight_decay):
@@ -131,6 +135,17 @@ class Network:
                 own.lerp_(new, weight)
             else:
                 own.copy_(new)
+
+
+@torch.no_grad()
+def copy_tensors(source, target):
+    """The parameters and buffers of a model into another one of its kind."""
+    for new, old in zip(tensors(source), tensors(target), strict=True):
+        old.copy_(new)
+
+
+def tensors(model):
+    return chain(model.parameters(), model.buffers())
 
 
 class Trainer:
@@ -155,7 +170,7 @@ class Trainer:
         self.taylorglo = TaylorGLOLoss(torch.zeros(8), job.add_cross_entropy).to(self.device)
         self._make_buffers(len(self.data.train))
         self.graphs = {}
-        self.stream = self.pool = self.random_state = None
+        self.stream = self.pool = self.random_states = None
         if self.device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
             self.generator = torch.Generator(self.device)
@@ -191,8 +206,9 @@ class Trainer:
         seed = int(rng.integers(2**63))
         h = {**self.job.fixed, **individual.hyperparameters}
         step = self._training_step(h, task.teacher is not None)
-        # For models with dropout, which draw from PyTorch's generators; so does the warm-up before a capture.
+        # For models with dropout, which draw from the global generators; so does the warm-up before a capture.
         torch.manual_seed(seed)
+        seed_numpy_and_python(seed)
         self._set("alpha", task.alpha)
         self._load(task)
         individual.loss = finite_or_none((yield from self._train(step, individual.generation, h, rng)))
@@ -202,12 +218,12 @@ class Trainer:
 
     @contextmanager
     def turn(self):
-        """Within it, this slot's stream and its states of PyTorch's random generators are the current ones."""
-        with torch.random.fork_rng(devices=[]), self._on_the_gpu() if self.stream else nullcontext():
-            if self.random_state is not None:
-                torch.set_rng_state(self.random_state)
+        """Within it, this slot's stream and its states of the global random generators are the current ones."""
+        with random_states_kept(), self._on_the_gpu() if self.stream else nullcontext():
+            if self.random_states is not None:
+                set_random_states(self.random_states)
             yield
-            self.random_state = torch.get_rng_state()
+            self.random_states = random_states()
 
     @contextmanager
     def _on_the_gpu(self):
@@ -276,9 +292,9 @@ class Trainer:
         else:
             states = torch.from_numpy(load_individual(task.parent)[1]).chunk(len(self.networks))
             for network, state in zip(self.networks, states, strict=True):
-                network.state.copy_(state)
+                network.load(state)
         if task.teacher is not None and task.teacher != self.teacher_path:
-            self.teacher.state.copy_(scored(load_individual(task.teacher)[1], self.job))
+            self.teacher.load(scored(load_individual(task.teacher)[1], self.job))
         self.teacher_path = task.teacher
 
     def _train(self, step, generation, h, rng):
@@ -426,6 +442,48 @@ def scored(state, job):
 def load_state(job, state):
     """The model whose flat state this is, in plain contiguous tensors, on the CPU and in evaluation mode."""
     network, model = Network(job.new_model(seed=0), "cpu"), job.new_model(seed=0)
-    network.state.copy_(scored(state, job))
-    model.load_state_dict(network.model.state_dict())
+    network.load(scored(state, job))
+    copy_tensors(network.model, model)
     return model.eval()
+
+
+def mismatch(name, num_classes, shape, batch_size):
+    """One line that says why a model cannot be trained on batches of images of `shape` (channels, height, width), or None:
+    up to two images are sent forward in both of its modes, and backward in training mode."""
+    try:
+        model, other = (make_model(name, num_classes, shape[0], seed) for seed in (0, 1))
+        if error := unfit(model, other):
+            return f"model {name}: {error}"
+        Network(model, "cpu").start_afresh(other)
+        buffers, n = dict(model.named_buffers()), min(2, batch_size)
+        for training in (False, True):
+            with random_states_kept():
+                logits = model.train(training)(torch.zeros(n, *shape).to(memory_format=torch.channels_last))
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            if found != (n, num_classes):
+                return (f"model {name}: for {n} images of {num_classes} classes it must return a tensor {n, num_classes}, "
+                        f"not {found}")
+        logits.sum().backward()
+        if replaced := [n for n, b in model.named_buffers() if buffers.get(n) is not b]:
+            return (f"model {name}: its forward() replaces the buffer {replaced[0]}, so that no child would inherit it; it "
+                    "must fill it, as with copy_()")
+    except Exception as error:  # whatever the user's model raises
+        return (f"model {name}: it cannot be trained on batches of {batch_size} images of {' x '.join(map(str, shape))} "
+                f"(channels, height, width): {type(error).__name__}: {message(error)}")
+    return None
+
+
+def unfit(model, other):
+    """What speaks against a model before it has seen an image, or None. other: the same from another seed."""
+    for p in model.parameters():
+        if isinstance(p, torch.nn.parameter.UninitializedParameter):
+            return "it has lazy layers, whose sizes must be given"
+        if p.dtype != torch.float32:
+            return f"its parameters must be float32, not {p.dtype}"
+    if {id(t) for t in tensors(model)} & {id(t) for t in tensors(other)}:
+        return "its factory must make every parameter and buffer anew in each call, and two of its models share some"
+    kept, others = model.state_dict(), dict(other.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in kept and not torch.equal(buffer, others[name]):
+            return f"its buffer {name} is drawn at random, so it must be in the state_dict (persistent=True)"
+    return None

@@ -164,6 +164,9 @@ def start_server():
     # torch by its own name too: before Python 3.13 the server looks for modules in the working directory only, and so may
     # not find ours.
     context.set_forkserver_preload(["torch", "training"])
+    main = sys.modules["__main__"]
+    if not os.path.isfile(getattr(main, "__file__", None) or ""):
+        vars(main).pop("__file__", None)  # "<stdin>", which workers would try to import
     if threading.current_thread() is not threading.main_thread():
         return context  # signals are not its business
     # Ctrl-C reaches every process of a terminal, and is the parent's to handle. The server and its workers ignore it

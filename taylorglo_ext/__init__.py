@@ -111,7 +111,8 @@ def distilled_cross_entropy(
 ) -> Tensor:
     """Cross-entropy, with the labels of Eq. 3 where there is a teacher. Arguments as for :func:`taylorglo_loss`."""
     if teacher_logits is not None:
-        labels = alpha * teacher_logits.softmax(dim=1) + (1 - alpha) * F.one_hot(labels, logits.shape[1])
+        alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
+        labels = alpha * teacher_logits.detach().softmax(dim=1) + (1 - alpha) * F.one_hot(labels, logits.shape[1])
     return F.cross_entropy(logits, labels)
 
 

@@ -340,7 +340,8 @@ struct TaylorGLOLossBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& upstream) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!at::GradMode::is_enabled(),
-                "taylorglo_loss is differentiable only once, so create_graph=True is not supported");
+                "taylorglo_loss is differentiable only once, so create_graph=True and torch.func.grad are not supported; "
+                "after taylorglo_ext.load('reference') they are");
     if (!upstream[0].defined()) return {Tensor()};
     return {scale_gradient(gradient.unpack(), upstream[0])};
   }
@@ -353,6 +354,8 @@ struct TaylorGLOLossBackward : torch::autograd::Node {
 
 Tensor loss_autograd(const Tensor& logits, const Tensor& labels, const Tensor& theta,
                      const MaybeTensor& teacher_logits, const MaybeTensor& alpha, std::optional<double> alpha_number) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!logits._fw_grad(/*level=*/0).defined(),
+                              "taylorglo_loss has no forward-mode derivative; after taylorglo_ext.load('reference') it has");
   static const auto forward = find_operator<decltype(loss_cpu)>("taylorglo::loss");
   static const auto forward_with_gradient = find_operator<decltype(loss_and_gradient_cpu)>("taylorglo::loss_and_gradient");
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import shutil
 from urllib.error import URLError
 
 import numpy as np
@@ -313,6 +314,10 @@ def test_class_names_of_a_dataset():
     source.classes = [f"class {i}" for i in range(12)]
     found = make_data(source, source)
     assert found.num_classes == 12 and found.class_names[11] == "class 11"
+    test = Listed(*numbered(20))
+    test.classes = source.classes[1:]
+    assert "train.classes and test.classes must be the same; only one of them has class 0" in error_line(
+        make_data, source, test)
     source.classes = 12  # no names
     assert make_data(source, source).class_names == make_data(numbered(20), numbered(20)).class_names
 
@@ -356,6 +361,8 @@ def test_sources_that_cannot_be_used():
         ((images, labels, labels), good, "the training data are tuple"),
         (torch.utils.data.DataLoader(Listed(images, labels)), good, "the training data are DataLoader"),
         ((images.transpose(0, 2, 3, 1), labels), good, "(20, 8, 8, 3): channels last"),
+        ((numbered(20, height=20, width=28)[0].transpose(0, 2, 3, 1), labels), good, "(20, 20, 28, 3): channels last"),
+        (Listed(numbered(20, 4)[0].transpose(0, 2, 3, 1), labels), good, "(20, 8, 8, 4): channels last"),
         ((images[:1], labels[:1]), good, "at least two training images, not 1"),
     ]:
         assert words in error_line(make_data, train, test)
@@ -608,8 +615,9 @@ def test_folder_with_a_test_split(tmp_path):
     write_folder(tmp_path / "train", n=10)
     write_folder(tmp_path / "test", n=3)
     (tmp_path / "README").write_text("not a folder")
-    for hidden in (tmp_path, tmp_path / "train"):
-        (hidden / ".ipynb_checkpoints").mkdir()
+    for place in (tmp_path, tmp_path / "train", tmp_path / "train" / "red"):
+        shutil.copytree(tmp_path / "test" / "red", place / ".ipynb_checkpoints")
+    (tmp_path / "train" / "red" / "._0.png").write_text("what macOS leaves on other disks")
     found = load_data(str(tmp_path), validation=6)
     assert [len(s) for s in (found.train, found.validation, found.test)] == [24, 6, 9]
     assert found.height == 32 and found.num_classes == 3

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from epbt import Config, checked_space, evolve, formula, main
 from evolution import MOMENTUM, SEARCH_SPACE, Variable, best_first, novelty_elites, pulse
 from models import make_model
 from options import ConfigError
-from records import read_log
+from records import RunError, read_log
 from taylorglo_ext.reference import reference_loss
 from tests.test_data import write_cifar10, write_svhn
 
@@ -434,6 +434,14 @@ def make_one(num_classes, in_channels):
     return make_model("resnet8", num_classes, in_channels, seed=0)
 
 
+HIDDEN = 8
+
+
+def make_small(num_classes, in_channels):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, HIDDEN), torch.nn.ReLU(),
+                               torch.nn.Linear(HIDDEN, num_classes))
+
+
 IMAGES = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 4
 
 
@@ -444,9 +452,10 @@ IMAGES = torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.arange(20) % 4
     (torch.nn.Linear, IMAGES, IMAGES, "--model: model .*:Linear: it must be callable as factory"),
     (make_one, IMAGES, None, "the test data are NoneType"),
     (make_one, None, IMAGES, "the training data are NoneType"),
+    (None, None, None, "the data of this run were given to evolve\\(\\): go on from Python"),
 ])
 def test_a_call_of_evolve_that_cannot_work_is_refused_in_one_line(model, train, test, message, tmp_path):
-    c = Config(loss_backend="reference", workers=1, device="cpu", out=str(tmp_path / "run"))
+    c = Config(dataset="custom", loss_backend="reference", workers=1, device="cpu", out=str(tmp_path / "run"))
     with pytest.raises((ConfigError, DataError), match=message) as error:
         evolve(c, model, train, test)
     assert "\n" not in str(error.value)
@@ -455,7 +464,7 @@ def test_a_call_of_evolve_that_cannot_work_is_refused_in_one_line(model, train, 
 
 def test_a_model_that_does_not_fit_the_images_is_refused_before_the_run_begins(capsys, tmp_path):
     line = refused(capsys, f"--model torchvision:vit_b_16 --loss-backend reference --out {tmp_path / 'run'}".split())
-    assert "--model: model torchvision:vit_b_16: it cannot be trained on images of 1 x 8 x 8" in line
+    assert "--model: model torchvision:vit_b_16: it cannot be trained on batches of 128 images of 1 x 8 x 8" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -467,6 +476,38 @@ def test_a_model_of_a_script_without_a_file_needs_workers_1():
     done = subprocess.run([sys.executable, "-"], input=script, cwd=Path(__file__).parents[1], capture_output=True,
                           text=True)
     assert "workers=1" in done.stdout and done.stdout.count("\n") == 1, done.stderr
+
+
+def test_a_program_from_standard_input_has_workers_too(tmp_path):
+    options = f"--population 2 --generations 1 --epochs 1 --limit 300 --workers 2 --device cpu --out {tmp_path / 'run'}"
+    script = f"import epbt\nepbt.main({options.split()})"
+    done = subprocess.run([sys.executable, "-"], input=script, cwd=Path(__file__).parents[1], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_data_of_ones_own_may_be_augmented(tmp_path):
+    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8), torch.arange(60) % 4
+    c = Config(population=4, generations=2, epochs=1, preset="best", loss_backend="reference", workers=1, threads=1,
+               device="cpu", out=str(tmp_path / "run"))
+    outcome = evolve(c, make_small, images, images, augmentation=Augmentation(flip=True, shift=1, cutout=4))
+    assert outcome.data.train.images.shape[2:] == (10, 10)
+    assert outcome.data.augmentation == Augmentation(flip=True, shift=1, cutout=4)
+    log = read_log(tmp_path / "run")
+    assert all(0 <= m["hyperparameters"]["cutout"] <= 4 for line in log for m in line["population"])
+    with pytest.raises(RunError, match="augmentation is"):
+        evolve(replace(c, resume=True), make_small, images, images, augmentation=Augmentation(flip=True, shift=1, cutout=3))
+    with pytest.raises(ConfigError, match="augmentation is for data that are given"):
+        evolve(replace(c, dataset="digits"), augmentation=Augmentation(flip=True))
+
+
+def test_a_model_that_was_changed_since_is_told_when_its_run_goes_on(tmp_path, monkeypatch):
+    c = Config(population=4, generations=2, epochs=1, loss_backend="reference", workers=1, threads=1, device="cpu",
+               limit=200, validation=40, out=str(tmp_path / "run"))
+    evolve(c, make_small)
+    monkeypatch.setitem(globals(), "HIDDEN", 12)
+    with pytest.raises(RunError, match="the weights in the run's folder have .* bytes, and the model has .*: it has been"):
+        evolve(replace(c, resume=True), make_small)
 
 
 def test_a_model_of_a_script_that_no_worker_can_import(tmp_path):
@@ -517,12 +558,20 @@ def test_weight_decay_is_evolved_with_one_line_more(run_epbt, monkeypatch):
     ((Variable("wieght_decay", 0, 1),), "'wieght_decay', did you mean 'weight_decay'"),
     ((*SEARCH_SPACE, Variable("momentum", 0, 1)), "momentum is twice"),
     (SEARCH_SPACE[1:], "7 of the eight thetas"),
+    ((Variable("momentum", 0.5, 3),), "momentum cannot be 0.5 to 3; it must be at least 0, and at most 1"),
+    ((Variable("cutout", -1, 3),), "cutout cannot be -1 to 3; it must be at least 0"),
+    ((Variable("momentum", np.float32(0.5), 1),), "with Python's numbers, not Variable"),
+    (("momentum",), "must be a tuple of evolution.Variable"),
 ])
 def test_a_search_space_that_training_cannot_apply_is_refused(space, message):
     with pytest.raises(ConfigError, match=message):
         checked_space(v for v in space)
     with pytest.raises(ConfigError, match=message):
         checked_space(space)
+
+
+def test_a_space_of_one_variable_may_stand_alone():
+    assert checked_space(SEARCH_SPACE[-1]) == SEARCH_SPACE[-1:]
 
 
 def test_baseline_1_is_one_network_and_uses_every_core():

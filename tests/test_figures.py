@@ -14,6 +14,8 @@ from config import Config
 from data import Augmentation
 from evolution import SEARCH_SPACE
 from figures import (
+    LOOKS,
+    Row,
     accounting,
     ancestry,
     binary_loss,
@@ -24,6 +26,7 @@ from figures import (
     fittest,
     group,
     load_run,
+    looks,
     main,
     paired_t,
     table,
@@ -230,6 +233,18 @@ def test_a_running_run_is_drawn_and_left_out_of_the_tables(three_seeds, tmp_path
     assert "84.33 (2.52) | 3 |" in text
     assert f"Not finished, so not in the tables: {running} (1 of 3 generations)." in text
     assert "Table 2" not in compare([three_seeds[0], running], tmp_path / "out")  # drawn, as far as it has come
+
+
+def test_a_run_without_a_generation_is_named(three_seeds, tmp_path):
+    begun = write(tmp_path / "begun", [], generations=3)
+    assert f"No generation finished yet: {begun}.\n" in compare([*three_seeds, begun], tmp_path / "out")
+
+
+def test_a_method_has_its_colour_also_where_its_label_tells_settings():
+    rows = [Row("EPBT (preset best)", "epbt", []), Row("Baseline 1", "baseline", []), Row("Baseline 1", "baseline", [])]
+    assert looks(rows) == {"EPBT (preset best)": LOOKS["EPBT"], "Baseline 1": LOOKS["Baseline 1"]}
+    both = looks([*rows, Row("EPBT", "epbt", [])])
+    assert both["EPBT"] == LOOKS["EPBT"] != both["EPBT (preset best)"]
 
 
 def test_a_generation_that_all_diverged_in_is_drawn(tmp_path):

@@ -1,13 +1,16 @@
 """The networks: their sizes, shapes and initialisation, and every form of a model's name."""
 
 import math
+import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from models import MODELS, BasicBlock, PreActivationBlock, make_model, mismatch, model_error
+from models import MODELS, BasicBlock, PreActivationBlock, make_model, model_error
+from training import mismatch
 
 # Parameters, for ten classes and three channels, and convolutions. A ResNet's name counts its linear layer too; a
 # WRN's only the convolutions, 1x1 shortcuts included. Sec. 4.1: 0.47 million for ResNet-32, about 11 for the WRNs.
@@ -26,6 +29,8 @@ SIZES = {
 
 
 OWN = """
+import random
+import numpy as np
 import torch
 from torch import nn
 def small(num_classes, in_channels): return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
@@ -47,6 +52,27 @@ class Centred(nn.Linear):
     def forward(self, x):
         if self.training: self.centre = 0.9 * self.centre + 0.1 * x.mean()
         return super().forward(x.mean((1, 2)) - self.centre)
+backbones = []
+def shared(num_classes, in_channels):
+    backbones[:] = backbones or [nn.Linear(8, 8)]
+    return nn.Sequential(backbones[0], nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
+def projected(num_classes, in_channels, persistent=False):
+    model = small(num_classes, in_channels)
+    model.register_buffer("projection", torch.randn(3), persistent)
+    return model
+def kept(num_classes, in_channels): return projected(num_classes, in_channels, True)
+def volume(num_classes, in_channels):
+    return nn.Sequential(nn.Unflatten(1, (1, -1)), nn.Conv3d(1, 1, 1), small(num_classes, in_channels))
+class Standardized(nn.Conv2d):
+    def __init__(self, num_classes, in_channels): super().__init__(in_channels, num_classes, 8)
+    def forward(self, x):
+        flat = self.weight.view(self.weight.size(0), -1)
+        return torch.nn.functional.conv2d(x, self.weight / flat.std(1)[:, None, None, None], self.bias).flatten(1)
+def drawn(num_classes, in_channels):
+    model = small(num_classes, in_channels)
+    with torch.no_grad():
+        model[1].weight.mul_(random.random()).add_(np.random.rand())
+    return model
 number = 3
 """
 
@@ -102,6 +128,13 @@ def test_global_generator_is_left_alone(own_module, name):
     torch.rand(3)  # what the caller drew in between does not matter
     for a, b in zip(first.parameters(), make_model(name, 10, 1, seed=9).parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_what_a_factory_draws_from_numpy_and_python_is_of_the_seed_too(own_module):
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    one, same, other = (make_model("zoo.own_nets:drawn", 10, 1, seed)[1].weight for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())
 
 
 def test_he_initialisation():
@@ -200,23 +233,34 @@ def test_names_that_are_models(name):
     ("resnet8", (1, 8, 8), None),
     ("torchvision:googlenet", (3, 64, 64), None),
     ("zoo.own_nets:small", (3, 8, 8), None),
-    ("zoo.own_nets:small", (3, 8, 9), ["cannot be trained on images of 3 x 8 x 9", "RuntimeError: mat1 and mat2"]),
+    ("zoo.own_nets:small", (3, 8, 9), ["trained on batches of 5 images of 3 x 8 x 9", "RuntimeError: mat1 and mat2"]),
     ("zoo.own_nets:lazy", (3, 8, 8), ["lazy layers"]),
     ("zoo.own_nets:frozen", (3, 8, 8), ["does not require grad"]),
     ("zoo.own_nets:double", (3, 8, 8), ["must be float32, not torch.float64"]),
     ("zoo.own_nets:OneAtATime", (3, 8, 8), ["a tensor (2, 7), not (2,)"]),
     ("zoo.own_nets:Pair", (3, 8, 8), ["a tensor (2, 7), not tuple"]),
     ("zoo.own_nets:Centred", (3, 8, 8), ["forward() replaces the buffer centre", "copy_()"]),
+    ("zoo.own_nets:shared", (3, 8, 8), ["every parameter and buffer anew in each call"]),
+    ("zoo.own_nets:projected", (3, 8, 8), ["its buffer projection is drawn at random", "persistent=True"]),
+    ("zoo.own_nets:kept", (3, 8, 8), None),
+    ("zoo.own_nets:volume", (3, 8, 8), ["RuntimeError: required rank 4 tensor to use channels_last format"]),
+    ("zoo.own_nets:Standardized", (3, 8, 8), ["RuntimeError: view size is not compatible"]),  # weights are channels last
     ("zoo.own_nets:nothing", (3, 8, 8), ["returned int"]),
     ("torchvision:vit_b_16", (3, 32, 32), ["AssertionError: Wrong image height! Expected 224 but got 32!"]),
 ])
 def test_a_model_that_does_not_fit_the_data_is_told_in_a_line(own_module, name, shape, words):
     before = torch.get_rng_state()
-    line = mismatch(name, 7, shape)
+    line = mismatch(name, 7, shape, batch_size=5)
     assert torch.equal(torch.get_rng_state(), before)
     assert line is None if words is None else "\n" not in line and all(word in line for word in [name, *words]), line
 
 
 def test_too_many_outputs_are_a_mismatch(own_module, monkeypatch):
     monkeypatch.setitem(MODELS, "wide", lambda num_classes, in_channels: make_model("resnet8", 99, in_channels, seed=0))
-    assert "must return a tensor (2, 10), not (2, 99)" in mismatch("wide", 10, (3, 8, 8))
+    assert "must return a tensor (2, 10), not (2, 99)" in mismatch("wide", 10, (3, 8, 8), batch_size=5)
+
+
+def test_a_batch_of_one_image_is_tried_as_one():
+    words = "cannot be trained on batches of 1 images of 3 x 32 x 32 (channels, height, width): ValueError: Expected more"
+    assert words in mismatch("torchvision:resnet18", 10, (3, 32, 32), batch_size=1)
+    assert mismatch("resnet8", 10, (3, 8, 8), batch_size=1) is None

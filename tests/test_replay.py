@@ -85,6 +85,17 @@ def test_a_schedule_brings_its_data_set_and_a_resumed_replay_notices_another_sch
     assert "schedule is" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options, words", [
+    ("--learning-rate 0.01 --weight-decay 0.1", "--replay has --learning-rate, --weight-decay from its schedule"),
+    ("--loss cross-entropy", "--replay has --loss from its schedule"),
+    ("--add-cross-entropy", "--replay has --add-cross-entropy from its schedule"),
+])
+def test_what_a_schedule_decides_is_no_option_of_its_replay(options, words, finished, capsys):
+    with pytest.raises(SystemExit):
+        epbt.main([*TINY, "--replay", str(finished), *options.split()])
+    assert words in capsys.readouterr().err
+
+
 def test_a_cutout_keeps_its_share_of_the_image(finished, tmp_path):
     path, found = tmp_path / "schedule.json", json.loads((finished / "schedule.json").read_text())
     assert found["image_size"] == 8 and found["epochs"][0]["cutout"] == 0

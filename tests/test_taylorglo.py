@@ -175,6 +175,9 @@ def test_a_schedule_has_a_loss_for_each_epoch():
     x = 0.3 * teacher_logits.softmax(1) + 0.7 * F.one_hot(labels, 10)  # Eq. 3
     both = taylorglo_loss(logits, labels, theta, teacher_logits, 0.3) - (x * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(first(logits, labels, teacher_logits, 0.3), both)
+    teacher_logits, alpha = teacher_logits.requires_grad_(), torch.tensor(0.3, requires_grad=True)
+    first(logits.requires_grad_(), labels, teacher_logits, alpha).backward()
+    assert logits.grad is not None and teacher_logits.grad is None and alpha.grad is None
 
 
 def test_one_training_step_of_a_network_agrees_with_the_reference():
@@ -269,6 +272,16 @@ def test_backward_twice():
         loss.backward()
     with pytest.raises(RuntimeError, match="differentiable only once"):
         torch.autograd.grad(taylorglo_loss(logits, labels, theta), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="torch.func.grad are not supported"):
+        torch.func.grad(lambda z: taylorglo_loss(z, labels, theta))(logits.detach())
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    logits, labels, theta, _ = problem(4, 10)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda z: taylorglo_loss(z, labels, theta), (logits,), (logits,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        taylorglo_loss(torch.autograd.forward_ad.make_dual(logits, logits), labels, theta)
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------

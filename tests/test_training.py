@@ -218,8 +218,9 @@ def test_the_state_carries_weights_momentum_statistics_and_counters_exactly(tmp_
     assert loaded.model.bn.num_batches_tracked.dtype == torch.int64 and loaded.model.steps.dtype == torch.int32
 
 
-def test_load_state_gives_a_plain_model_that_computes_the_same(tmp_path):
-    trainer = Trainer(job("resnet8"))
+@pytest.mark.parametrize("model", ["resnet8", "Whimsical"])
+def test_load_state_gives_a_plain_model_that_computes_the_same(model, tmp_path):
+    trainer = Trainer(job(model))
     trainer.evaluate(task(tmp_path))
     plain = load_state(trainer.job, load_individual(tmp_path / "0.ckpt")[1])
     assert not plain.training and all(t.is_contiguous() for t in plain.state_dict().values())

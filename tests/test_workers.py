@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -113,11 +114,14 @@ def test_any_number_of_workers_writes_the_same_bytes(count, job, expected, tmp_p
 
 
 class Noisy(torch.nn.Sequential):
-    """Draws from PyTorch's global generator in every step."""
+    """Draws from the global generators of PyTorch, NumPy and Python in every step."""
 
     def __init__(self, num_classes, in_channels):
         super().__init__(torch.nn.Flatten(), torch.nn.Linear(64 * in_channels, 16), torch.nn.Dropout(0.5),
                          torch.nn.Linear(16, num_classes))
+
+    def forward(self, x):
+        return super().forward(x) * ((random.random() + np.random.rand()) if self.training else 1)
 
 
 def test_slots_that_take_turns_in_one_thread_write_the_same_bytes(job, tmp_path):
@@ -132,7 +136,7 @@ def test_slots_that_take_turns_in_one_thread_write_the_same_bytes(job, tmp_path)
             workers._take_turns(slots, theirs)
     thread = threading.Thread(target=serve)
     thread.start()
-    before = torch.get_rng_state()
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     some = tasks(tmp_path / "turns")
     for task in some:
         ours.send(task)
@@ -140,7 +144,8 @@ def test_slots_that_take_turns_in_one_thread_write_the_same_bytes(job, tmp_path)
     ours.close()
     thread.join()
     assert files(tmp_path / "turns") == files(tmp_path / "alone")
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
 
 
 def test_as_many_slots_are_kept_as_raise_the_throughput(job, monkeypatch):
