@@ -276,6 +276,7 @@ def test_backward_twice():
         torch.func.grad(lambda z: taylorglo_loss(z, labels, theta))(logits.detach())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # which PyTorch's own forward mode uses
 def test_forward_mode_is_refused_and_not_zero():
     logits, labels, theta, _ = problem(4, 10)
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
