@@ -29,6 +29,7 @@ from PIL import Image
 from scipy.special import stdtr
 
 from config import CIFAR10, ELITES, PRESETS, PROTOCOLS, SINGLE, Config
+from data import Augmentation
 from evolution import SEARCH_SPACE
 from records import RunError, fittest, read_config, read_log
 from replay import ancestry
@@ -243,8 +244,9 @@ def unusual(config):
         own = "generations", "epochs", "milestones", "lr_decay", *OF_THE_SCHEDULE
         usual |= {key: getattr(config, key) for key in own if hasattr(config, key)}
     choices = {key: getattr(config, key, usual[key]) for key in SEARCH}
-    standard = Config(method=config.method, dataset=config.dataset, **choices).search_space()
-    usual |= {"space": [list(vars(v).values()) for v in standard]}
+    given = getattr(config, "augmentation", None)  # with data of one's own
+    standard = Config(method=config.method, dataset=config.dataset, **choices).search_space(given and Augmentation(**given))
+    usual |= {"augmentation": None, "space": [list(vars(v).values()) for v in standard]}
     usual = json.loads(json.dumps(usual))  # tuples are lists there
     return {key: getattr(config, key) for key in usual if getattr(config, key, usual[key]) != usual[key]}
 
@@ -253,6 +255,8 @@ def spell(key, value):
     if key == "space":
         return spell_space(value)
     words = key.replace("_", " ")
+    if isinstance(value, dict):
+        return f"{words} {', '.join(f'{name} {x}' for name, x in value.items())}"
     if isinstance(value, bool) or value == []:
         return words if value else f"no {words}"
     return f"{words} {'/'.join(map(str, value)) if isinstance(value, list) else value}"

@@ -306,6 +306,17 @@ def test_labels_say_what_differs_and_only_that(tmp_path):
         "Baseline 1", "EPBT", "EPBT (viable init, milestones 0.5)"]
 
 
+def test_runs_with_another_augmentation_are_told_apart(tmp_path):
+    for name, own in (("plain", {}), ("more", {"augmentation": vars(Augmentation(flip=True, cutout=4))})):
+        space = Config(preset="best", dataset="custom").resolved().search_space(Augmentation(**own.get("augmentation", {})))
+        folder = write(tmp_path / name, evolved(0.5), population=4, dataset="custom", preset="best")
+        own["space"] = [list(vars(v).values()) for v in space]
+        config = json.loads((folder / "config.json").read_text()) | own
+        (folder / "config.json").write_text(json.dumps(config))
+    (rows,) = group([load_run(tmp_path / name) for name in ("more", "plain")]).values()
+    assert [row.label for row in rows] == ["EPBT", "EPBT (augmentation flip True, shift 0, cutout 4)"]
+
+
 def test_runs_that_evolve_other_variables_are_told_apart(tmp_path):
     for name, extra in (("plain", []), ("more", [["weight_decay", 1e-5, 0.01, True, True]])):
         folder = write(tmp_path / name, evolved(0.5), population=4)
