@@ -148,26 +148,9 @@ class Config:
         if lines := options.mistakes(self):
             raise ConfigError("\n".join(lines))
         c = replace(self)
-        if c.replay is not None:
-            c.replay = os.path.expanduser(c.replay)
-        recorded = {} if c.replay is None else read_schedule(c.replay)
-        c.dataset = c.dataset or recorded.get("dataset", "digits")
-        protocol = PROTOCOLS.get(c.dataset, CIFAR10)
-        if recorded:
-            if c.method not in ("epbt", "replay"):
-                raise ConfigError(f"--replay trains one network, without --method {c.method}")
-            if (self.dataset, c.dataset) == (None, "custom"):
-                raise ConfigError(f"{c.replay} is of data that were given to evolve(): say with --dataset what to train on")
-            c.method, c.add_cross_entropy = "replay", recorded.get("add_cross_entropy", False)
-            given = [f for f in fields(self) if f.name in SCHEDULED and getattr(self, f.name) != f.default]
-            if self.add_cross_entropy not in (None, c.add_cross_entropy) or given:
-                names = ", ".join(map(options.flag, given)) or "--add-cross-entropy"
-                raise ConfigError(f"--replay has {names} from its schedule: leave that away")
-            if c.average_weights is None:
-                c.average_weights = recorded.get("average_weights", False)
-            protocol = {**protocol, "model": recorded["model"], "batch_size": recorded["batch_size"], "epochs": 1,
-                        "generations": len(recorded["epochs"])}
-        for name, value in {**protocol, **PRESETS[c.preset]}.items():
+        own = {} if c.replay is None else c.follow_schedule()
+        c.dataset = c.dataset or "digits"
+        for name, value in {**PROTOCOLS.get(c.dataset, CIFAR10), **own, **PRESETS[c.preset]}.items():
             if getattr(c, name) is None:
                 setattr(c, name, value)
         if c.method in SINGLE:
@@ -184,6 +167,26 @@ class Config:
         if lines := c.contradictions():
             raise ConfigError("\n".join(lines))
         return c
+
+    def follow_schedule(self):
+        """Take what a replay has from its schedule; returns defaults that go before those of the data set."""
+        self.replay = os.path.expanduser(self.replay)
+        recorded = read_schedule(self.replay)
+        if self.method not in ("epbt", "replay"):
+            raise ConfigError(f"--replay trains one network, without --method {self.method}")
+        if self.dataset is None and recorded.get("dataset") == "custom":
+            raise ConfigError(f"{self.replay} is of data that were given to evolve(): say with --dataset what to train on")
+        cross_entropy = recorded.get("add_cross_entropy", False)
+        given = [f for f in fields(self) if f.name in SCHEDULED and getattr(self, f.name) != f.default]
+        if self.add_cross_entropy not in (None, cross_entropy) or given:
+            names = ", ".join(map(options.flag, given)) or "--add-cross-entropy"
+            raise ConfigError(f"--replay has {names} from its schedule: leave that away")
+        self.method, self.add_cross_entropy = "replay", cross_entropy
+        self.dataset = self.dataset or recorded.get("dataset")
+        if self.average_weights is None:
+            self.average_weights = recorded.get("average_weights", False)
+        return {"model": recorded["model"], "batch_size": recorded["batch_size"], "epochs": 1,
+                "generations": len(recorded["epochs"])}
 
     def contradictions(self):
         """What is wrong with a config whose fields are each as declared, a line each."""
