@@ -61,7 +61,7 @@ def exploit_and_explore(h, fitness, space, rng):
     best = best[fitness[best] >= 0] if (fitness >= 0).any() else best  # never a diverged one while another lives
     source[worst] = rng.choice(best, size=quarter)
     factor = np.where(rng.random((quarter, len(space))) < 0.5, PERTURBATION, 1 / PERTURBATION)
-    low, high = np.array([[v.low, v.high] for v in space]).T
+    low, high = np.array([[v.low, v.high] for v in space]).reshape(-1, 2).T
     perturbed = (h[source[worst]] * factor).clip(low, high)  # paper: unspecified (whether they are clipped)
     reset = rng.random(perturbed.shape) < RESET_PROBABILITY
     h[worst] = np.where(reset, draw(space, quarter, rng), perturbed)

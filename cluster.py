@@ -5,6 +5,7 @@ node once, through its object store. A run's folder stays on the machine that st
 of their files, so nodes need share no file system.
 """
 
+import os
 import socket
 import tempfile
 from collections import deque
@@ -32,8 +33,8 @@ class RayPool:
             refuse_silent(address)
         own = dict(include_dashboard=False, num_cpus=count and count * job.threads) if address is None else {}
         try:
-            ray.init(address=address or "local", log_to_driver=False,
-                     runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}, **own)
+            path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+            ray.init(address=address or "local", log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "
                            f"{message(error)}") from error

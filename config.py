@@ -46,7 +46,7 @@ PRESETS = {
                  high_rates=True, evolve_cutout=True),
 }
 SINGLE = ("baseline", "replay")  # methods of one network, which trains on the validation images too (Sec. 4.1)
-SCHEDULED = ("learning_rate", "momentum", "weight_decay", "loss")  # what a replay takes from its schedule
+SCHEDULED = ("learning_rate", "momentum", "weight_decay", "loss", "normalize_loss")  # what a replay takes from its schedule
 ELITES = {"paper": 2, "best": 4}  # P/k; with fewer elites, fewer children start from a parent that did not train lately
 
 
@@ -200,6 +200,9 @@ class Config:
         elif self.method == "epbt" and not self.elites <= self.novelty_candidates <= self.population:
             lines.append(f"--novelty-candidates must be from --elites ({self.elites}) to --population "
                          f"({self.population}), not {self.novelty_candidates}")
+        if self.method == "pbt" and self.population < 4:
+            lines.append("--population must be at least 4 for --method pbt, which replaces a quarter of it, not "
+                         f"{self.population}")
         if self.preset != "paper" and self.method != "epbt":
             lines.append(f"--preset {self.preset} is for --method epbt, not {self.method}")
         if self.method == "replay" and self.replay is None:
@@ -251,7 +254,7 @@ class Config:
 
     def augmentation(self, given=None):
         """That of the data set; of data that are given to evolve(), what is given with them."""
-        if self.dataset == "custom":
+        if given is not None or self.dataset == "custom":
             return given or Augmentation()
         return (DATASETS.get(self.dataset) or folder_source(self.dataset, self.image_size)).augmentation
 

@@ -41,6 +41,14 @@ class Augmentation:
     shift: int = 0  # translation by up to so many pixels in each direction; zeros are shifted in
     cutout: int = 0  # side in pixels of the square that is cut out [6]; 0 cuts nothing
 
+    def __post_init__(self):
+        if not isinstance(self.flip, bool):
+            raise DataError(f"augmentation: flip must be True or False, not {self.flip!r}")
+        for name in ("shift", "cutout"):
+            pixels = getattr(self, name)
+            if not isinstance(pixels, int) or pixels < 0:
+                raise DataError(f"augmentation: {name} must be a whole number of pixels from 0 on, not {pixels!r}")
+
 
 @dataclass
 class ImageSet:
@@ -360,6 +368,9 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     limit = len(train) if limit is None else limit
     validation = max(1, limit // 10) if validation is None else validation
     augmentation = augmentation or Augmentation()
+    if not isinstance(augmentation, Augmentation) or augmentation.shift >= min(train.images.shape[2:]):
+        raise DataError("augmentation must be a data.Augmentation whose shift is below the height and width of the images, "
+                        f"not {augmentation!r}")
     check(train, test, len(class_names), validation, limit, enlarge)
 
     order = torch.from_numpy(np.random.default_rng((seed, *SPLIT)).permutation(len(train)))[:limit]

@@ -25,7 +25,7 @@ import taylorglo_ext
 from baselines import independent, pbt
 from config import SINGLE, parse
 from config import Config as Config  # for `from epbt import Config, evolve`
-from data import Data, DataError, load_data, make_data
+from data import Augmentation, Data, DataError, load_data, make_data
 from evolution import (
     Variable,
     as_array,
@@ -39,7 +39,7 @@ from evolution import (
     tournament,
 )
 from models import factory_name
-from options import ConfigError, nearest
+from options import ConfigError, is_number, nearest
 from records import (
     Individual,
     RunError,
@@ -124,7 +124,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so that worker
     processes find it. train, test: (images, labels) or map-style Datasets, as data.make_data takes them; augmentation: a
     data.Augmentation of these, None is none.
-    space: the evolved variables, for example (*config.resolved().search_space(), Variable("weight_decay", 0, 1e-3)).
+    space: the evolved variables, as (*config.resolved().search_space(augmentation), Variable("weight_decay", 0, 1e-3)).
     report: called with each line for people, in place of print. Raises ConfigError, DataError, RunError and
     taylorglo_ext.BackendError, whose messages are clear lines."""
     if make_model is not None:
@@ -144,7 +144,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     job = make_job(config, data)
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
                                     "space": [list(vars(v).values()) for v in space]}
-    if augmentation is not None:
+    if augmentation not in (None, Augmentation()):
         identity["augmentation"] = vars(augmentation)
     with (closing(RunFolder(config.out, identity, config.resume, config.overwrite)) as folder,
           tqdm(total=config.evaluations(), initial=folder.evaluated(), unit=" networks", disable=None) as bar,
@@ -169,15 +169,17 @@ def checked_space(space):
     """The same variables; raises ConfigError if training cannot apply one, or has one twice."""
     space = tuple(space) if isinstance(space, Iterable) else (space,)
     for v in space:
-        if not isinstance(v, Variable) or not all(isinstance(bound, int | float) for bound in (v.low, v.high)):
+        if not isinstance(v, Variable) or not isinstance(v.name, str) or not is_number(v.low) or not is_number(v.high):
             raise ConfigError("space must be a tuple of evolution.Variable, such as Variable(\"momentum\", 0.5, 0.9), with "
-                              f"Python's numbers, not {v!r}")
+                              f"Python's finite numbers, not {v!r}")
     names = [v.name for v in space]
     lines = [f"no hyperparameter is called {name!r}{nearest(name, HYPERPARAMETERS)}; accepted are "
              f"{', '.join(HYPERPARAMETERS)}" for name in names if name not in HYPERPARAMETERS]
     lines += [f"{name} is twice among the evolved variables" for name in sorted(set(names)) if names.count(name) > 1]
-    lines += [f"{v.name} cannot be {v.low} to {v.high}; it must be at least 0{', and at most 1' * (v.name == 'momentum')}"
-              for v in space if not v.name.startswith("theta") and (v.low < 0 or v.name == "momentum" and v.high > 1)]
+    for v in (v for v in space if not v.name.startswith("theta")):
+        if v.low < 0 or (v.name == "lr_decay" and v.low == 0) or (v.name == "momentum" and v.high > 1) or not v.clip:
+            lines.append(f"{v.name} cannot be {v.low} to {v.high}{'' if v.clip else ' without clip'}; it must stay from 0 "
+                         "on, lr_decay above it, and momentum at most 1")
     theta = sum(name.startswith("theta") for name in names)
     if theta not in (0, 8):
         lines.append(f"the evolved variables have {theta} of the eight thetas; they must have all or none")
@@ -251,7 +253,8 @@ def print_outcome(config, summary):
     if h:
         print("hyperparameters: " + ", ".join(f"{name} {value:.4g}" for name, value in h.items()))
     if "theta0" in h:
-        print(formula(h) + (" + cross-entropy" if config.add_cross_entropy else ""))
+        print(formula(h) + ", times a factor (--normalize-loss)" * config.normalize_loss
+              + " + cross-entropy" * config.add_cross_entropy)
     print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained")
     print(f"weights, log, schedule, figures and report.html are in {config.out}")
 

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-import math
+import sys
 from dataclasses import field, fields
 from typing import get_args, get_origin, get_type_hints
 
@@ -50,20 +50,27 @@ def mistake(f, kind, value):
     if value is None and f.default is None:
         return None
     if choices := f.metadata.get("choices"):
-        return None if value in choices else (
+        return None if isinstance(value, str) and value in choices else (
             f"{flag(f)} must be one of {', '.join(choices)}, not {value!r}{nearest(str(value), choices)}")
     if kind is bool or kind is str:
+        if value == "":
+            return f"{flag(f)} must not be empty"
         return None if isinstance(value, kind) else f"{flag(f)} must be a {kind.__name__}, not {value!r}"
     bounds = [(f.metadata[key], text, holds) for key, text, holds in BOUNDS if key in f.metadata]
     if kind is tuple and not isinstance(value, tuple | list):
         return f"{flag(f)} must be a tuple or list of numbers, not {value!r}"
     for x in value if kind is tuple else [value]:
-        number = isinstance(x, int if kind is int else int | float) and not isinstance(x, bool) and math.isfinite(x)
+        number = is_number(x) and (kind is not int or isinstance(x, int))
         if not number or not all(holds(x, bound) for bound, _, holds in bounds):
             word = "a whole number" if kind is int else "a number"
             limits = " and ".join(f"{text} {bound}" for bound, text, _ in bounds)
             return f"{flag(f)} must be {f'{word} {limits}'.rstrip()}, not {x!r}"
     return None
+
+
+def is_number(x):
+    """Whether it is one of Python's, as JSON has them, that fits a float."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= sys.float_info.max
 
 
 BOUNDS = (("low", "at least", lambda x, bound: x >= bound), ("above", "above", lambda x, bound: x > bound),

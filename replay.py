@@ -5,9 +5,9 @@ epoch that its weights were trained. `replay` trains one new network from scratc
 """
 
 import json
-import math
 from pathlib import Path
 
+from options import is_number
 from records import Individual, RunError, fittest
 from training import learning_rate, scaled_theta
 
@@ -56,7 +56,7 @@ def read_schedule(path):
         for epoch in found["epochs"]:
             theta = epoch["theta"]
             numbers = [*(epoch[name] for name in NUMBERS), *(theta or [])]
-            if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or (
+            if not all(map(is_number, numbers)) or (
                     theta is not None and len(theta) != 8 or min(numbers[:4]) < 0 or epoch["momentum"] > 1):
                 raise ValueError("an epoch is not four numbers from 0 on, the momentum up to 1, and eight thetas")
     except OSError as error:

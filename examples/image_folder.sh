@@ -2,8 +2,9 @@
 # EPBT on a folder of images with a subfolder for each class, then one new network by the evolved schedule.
 #   examples/image_folder.sh                  on 500 digits of scikit-learn, which it writes as PNG files
 #   examples/image_folder.sh PICTURES OUT     on your own; the runs go to OUT and OUT-replay
+# A copy elsewhere finds the repository by EPBT=/path/to/it.
 set -euo pipefail
-root=$(dirname "$0")/..
+root=${EPBT:-$(dirname "$0")/..}
 pictures=${1:-data/digit-pictures}
 out=${2:-runs/pictures}
 

@@ -22,6 +22,8 @@ def main():
     if not (RUN / "summary.json").exists():
         own_model.main()
     summary, schedule = (json.loads((RUN / name).read_text()) for name in ("summary.json", "schedule.json"))
+    if schedule["model"] != f"{own_model.__name__}:SmallNet":  # a copy of this file has an own_model.py to import instead
+        raise SystemExit(f"{RUN} was not made with {own_model.__file__}: import {schedule['model'].partition(':')[0]}")
     (images, labels), (test_images, test_labels) = own_model.digits()
     mean, std = (torch.tensor(summary[f"pixel_{name}"]).view(-1, 1, 1) / 255 for name in ("mean", "std"))
     images, test_images = (images - mean) / std, (test_images - mean) / std

@@ -309,6 +309,16 @@ def test_grey_and_palette_images():
     assert (images[3].numpy() == np.array(palette[3].convert("RGB")).transpose(2, 0, 1)).all()
 
 
+@pytest.mark.parametrize("augmentation, words", [
+    (dict(flip=0.5), "flip must be True or False, not 0.5"), (dict(shift=-1), "shift must be a whole number of pixels"),
+    (dict(shift=1.5), "from 0 on, not 1.5"), (dict(cutout=-3), "cutout must be a whole number"),
+    (dict(shift=8), "whose shift is below the height and width of the images"),
+])
+def test_augmentations_that_cannot_be(augmentation, words):
+    assert words in error_line(lambda: make_data(numbered(20), numbered(20), augmentation=Augmentation(**augmentation)))
+    assert "must be a data.Augmentation" in error_line(make_data, numbered(20), numbered(20), augmentation=augmentation)
+
+
 def test_class_names_of_a_dataset():
     source = Listed(*numbered(20))
     source.classes = [f"class {i}" for i in range(12)]

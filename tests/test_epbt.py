@@ -301,6 +301,9 @@ def refused(capsys, arguments):
     ("--image-size 1000000", "--image-size at most 2048"),
     ("--seed -1", "--seed 0 -1"),
     ("--workers 0", "--workers 1 0"),
+    ("--learning-rate 1" + 400 * "0", "--learning-rate must be a number"),
+    ("--method pbt --population 3", "--population at least 4 not 3"),
+    ("--out=", "--out must not be empty"),
     ("--threads 0", "--threads 1 0"),
     ("--resume --overwrite", "--resume --overwrite"),
     ("--dataset svhn --data-root nowhere", "SVHN nowhere --download"),
@@ -493,6 +496,7 @@ def test_data_of_ones_own_may_be_augmented(tmp_path):
     outcome = evolve(c, make_small, images, images, augmentation=Augmentation(flip=True, shift=1, cutout=4))
     assert outcome.data.train.images.shape[2:] == (10, 10)
     assert outcome.data.augmentation == Augmentation(flip=True, shift=1, cutout=4)
+    assert c.resolved().search_space(outcome.data.augmentation)[-1] == Variable("cutout", 0, 4)  # though without a data set
     log = read_log(tmp_path / "run")
     assert all(0 <= m["hyperparameters"]["cutout"] <= 4 for line in log for m in line["population"])
     with pytest.raises(RunError, match="augmentation is"):
@@ -558,9 +562,13 @@ def test_weight_decay_is_evolved_with_one_line_more(run_epbt, monkeypatch):
     ((Variable("wieght_decay", 0, 1),), "'wieght_decay', did you mean 'weight_decay'"),
     ((*SEARCH_SPACE, Variable("momentum", 0, 1)), "momentum is twice"),
     (SEARCH_SPACE[1:], "7 of the eight thetas"),
-    ((Variable("momentum", 0.5, 3),), "momentum cannot be 0.5 to 3; it must be at least 0, and at most 1"),
-    ((Variable("cutout", -1, 3),), "cutout cannot be -1 to 3; it must be at least 0"),
-    ((Variable("momentum", np.float32(0.5), 1),), "with Python's numbers, not Variable"),
+    ((Variable("momentum", 0.5, 3),), "momentum cannot be 0.5 to 3; it must stay from 0 on, .* and momentum at most 1"),
+    ((Variable("momentum", 0.5, 0.9, clip=False),), "momentum cannot be 0.5 to 0.9 without clip"),
+    ((Variable("cutout", -1, 3),), "cutout cannot be -1 to 3; it must stay from 0 on"),
+    ((Variable("lr_decay", 0, 3),), "lr_decay cannot be 0 to 3"),
+    ((Variable("lr_scale", 0.1, np.inf),), "with Python's finite numbers"),
+    ((Variable(3, 0.1, 1),), "must be a tuple of evolution.Variable"),
+    ((Variable("momentum", np.float32(0.5), 1),), "with Python's finite numbers, not Variable"),
     (("momentum",), "must be a tuple of evolution.Variable"),
 ])
 def test_a_search_space_that_training_cannot_apply_is_refused(space, message):

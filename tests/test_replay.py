@@ -88,6 +88,7 @@ def test_a_schedule_brings_its_data_set_and_a_resumed_replay_notices_another_sch
 @pytest.mark.parametrize("options, words", [
     ("--learning-rate 0.01 --weight-decay 0.1", "--replay has --learning-rate, --weight-decay from its schedule"),
     ("--loss cross-entropy", "--replay has --loss from its schedule"),
+    ("--normalize-loss", "--replay has --normalize-loss from its schedule"),
     ("--add-cross-entropy", "--replay has --add-cross-entropy from its schedule"),
 ])
 def test_what_a_schedule_decides_is_no_option_of_its_replay(options, words, finished, capsys):
