@@ -235,17 +235,16 @@ def finish(config, folder, job):
     return Outcome(write_best(folder, job, best), data, plan, summary)
 
 
-def formula(h):
-    """Eq. 2 with its numbers, x the label and y the softmax."""
-    t = [h[f"theta{i}"] for i in range(8)]
+def formula(t):
+    """Eq. 2 with the eight numbers of theta, x the label and y the softmax."""
     a, b = f"(y {-t[1]:+.3g})", f"(x {-t[0]:+.3g})"
     terms = zip((t[2], t[3] / 2, t[4] / 6, t[5], t[6] / 2, t[7] / 2),
                 (a, a + "^2", a + "^3", b + a, b + a + "^2", b + "^2" + a), strict=True)
     return "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"
 
 
-def print_outcome(config, summary):
-    best, h = summary["best"], summary["best"]["hyperparameters"]
+def print_outcome(config, outcome):
+    summary, best, h = outcome.summary, outcome.summary["best"], outcome.summary["best"]["hyperparameters"]
     on = " (on images it was trained on)" if config.method in SINGLE else ""
     print(f"\nbest individual {best['id']}: fitness {best['fitness']:.4f}{on}, test accuracy {best['test_accuracy']:.4f}")
     if best["diverged"]:
@@ -253,8 +252,7 @@ def print_outcome(config, summary):
     if h:
         print("hyperparameters: " + ", ".join(f"{name} {value:.4g}" for name, value in h.items()))
     if "theta0" in h:
-        print(formula(h) + ", times a factor (--normalize-loss)" * config.normalize_loss
-              + " + cross-entropy" * config.add_cross_entropy)
+        print(formula(outcome.schedule["epochs"][-1]["theta"]) + " + cross-entropy" * config.add_cross_entropy)
     print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained")
     print(f"weights, log, schedule, figures and report.html are in {config.out}")
 
@@ -270,7 +268,7 @@ def main(arguments=None):
             print(f"{n} evaluations of {config.epochs} epochs each, {n * config.epochs} in all, "
                   f"of {config.model} on {config.dataset}")
             return
-        summary = evolve(config).summary
+        outcome = evolve(config)
     except (ConfigError, DataError, RunError, taylorglo_ext.BackendError) as error:
         print("\n".join(f"epbt.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
@@ -279,7 +277,7 @@ def main(arguments=None):
         how = f"; go on with: python epbt.py --resume --out {shlex.quote(out)}" if begun else " before the run began"
         print(f"\ninterrupted{how}", file=sys.stderr)
         sys.exit(130)
-    print_outcome(config, summary)
+    print_outcome(config, outcome)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 STREAMS = ("evolution", "training", "weights")
+REDRAWS = 1000  # of a loss that trains backwards, which one in two does in the usual search space
 
 
 def random_stream(purpose, seed, *key):
@@ -81,10 +82,16 @@ def initialize(space, n, rng, viable_for=None):
 
     Not in the paper: with viable_for = the number of classes, rows whose loss would train backwards are drawn again."""
     h = draw(space, n, rng)
-    theta = [i for i, v in enumerate(space) if v.name.startswith("theta")]
-    if theta and viable_for is not None:
-        while len(backwards := np.flatnonzero(first_step(h[:, theta], viable_for) <= 0)):
+    names = [v.name for v in space]
+    if "theta0" in names and viable_for is not None:
+        theta = [names.index(f"theta{i}") for i in range(8)]
+        for _ in range(REDRAWS):
+            backwards = np.flatnonzero(first_step(h[:, theta], viable_for) <= 0)
+            if not len(backwards):
+                break
             h[backwards] = draw(space, len(backwards), rng)
+        else:
+            raise ValueError(f"losses still train backwards after {REDRAWS} draws: the search space has hardly any others")
     return h
 
 

@@ -34,7 +34,7 @@ from evolution import SEARCH_SPACE
 from records import RunError, fittest, read_config, read_log
 from replay import ancestry
 from taylorglo_ext.reference import eq2
-from training import learning_rate
+from training import learning_rate, scaled_theta
 
 TITLES = {"baseline": "Baseline 1", "pbt": "Baseline 2 (PBT)", "random": "Independent networks", "epbt": "EPBT",
            "replay": "Replayed schedule"}
@@ -149,8 +149,11 @@ def binary_loss(theta, y):
     return eq2(np.array([1.0, 0.0]), np.stack([y, 1.0 - y], axis=-1), theta)
 
 
-def theta(individual):
-    return [individual["hyperparameters"][f"theta{i}"] for i in range(8)]
+def theta(run, individual):
+    """The eight numbers as its loss took them."""
+    classes = SimpleNamespace(num_classes=getattr(run.config, "classes", None))
+    job = SimpleNamespace(normalize_loss=getattr(run.config, "normalize_loss", False), data=classes)
+    return scaled_theta(individual["hyperparameters"], job)
 
 
 def evolved_values(run):
@@ -461,7 +464,7 @@ def figure_losses(runs, title):
     norm = Normalize(0, max(run.total_epochs for run in runs))
     for ax, run in zip(axes, runs, strict=False):
         for ancestor in run.ancestry:
-            loss = binary_loss(theta(ancestor), y)
+            loss = binary_loss(theta(run, ancestor), y)
             ax.plot(y, loss - loss[-1], color=colours(norm((ancestor["generation"] + 1) * run.config.epochs)))
         ax.set_title(f"seed {run.config.seed}")
     y = np.geomspace(0.01, 1, 51)

@@ -124,6 +124,11 @@ def test_half_of_all_losses_train_backwards_and_none_of_the_viable():
     viable = theta_columns(initialize(SEARCH_SPACE, 2000, rng(), viable_for=10))
     assert (first_step(viable, 10) > 0).all()
     assert (np.abs(viable) <= 10).all()
+    turned = SEARCH_SPACE[::-1]  # the order of the variables decides nothing
+    assert (first_step(theta_columns(initialize(turned, 200, rng(), viable_for=10)[:, ::-1]), 10) > 0).all()
+    backwards = [Variable(f"theta{i}", -10, -9) if i == 5 else Variable(f"theta{i}", 0, 0.1) for i in range(8)]
+    with pytest.raises(ValueError, match="the search space has hardly any others"):
+        initialize(backwards, 5, rng(), viable_for=10)
     assert initialize(SEARCH_SPACE[8:], 5, rng(), viable_for=10).shape == (5, 3)  # where no loss is evolved
 
 
