@@ -455,6 +455,9 @@ def mismatch(name, num_classes, shape, batch_size):
         if error := unfit(model, other):
             return f"model {name}: {error}"
         Network(model, "cpu").start_afresh(other)
+        for module in model.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.register_forward_pre_hook(refuse_constant_input)
         buffers, n = dict(model.named_buffers()), min(2, batch_size)
         for training in (False, True):
             with random_states_kept():
@@ -471,6 +474,13 @@ def mismatch(name, num_classes, shape, batch_size):
         return (f"model {name}: it cannot be trained on batches of {batch_size} images of {' x '.join(map(str, shape))} "
                 f"(channels, height, width): {type(error).__name__}: {message(error)}")
     return None
+
+
+def refuse_constant_input(norm, inputs):
+    """PyTorch 2.11 dies without a word in the gradient of a GroupNorm whose input is channels last and needs none."""
+    if norm.affine and norm.weight.requires_grad and not inputs[0].requires_grad:
+        raise ValueError("PyTorch crashes on a GroupNorm whose input needs no gradient; freeze it too, or train a layer "
+                         "before it")
 
 
 def unfit(model, other):

@@ -68,6 +68,10 @@ class Standardized(nn.Conv2d):
     def forward(self, x):
         flat = self.weight.view(self.weight.size(0), -1)
         return torch.nn.functional.conv2d(x, self.weight / flat.std(1)[:, None, None, None], self.bias).flatten(1)
+def normalized(num_classes, in_channels):
+    return nn.Sequential(nn.GroupNorm(1, in_channels), small(num_classes, in_channels))
+def normalized_later(num_classes, in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, in_channels, 1), normalized(num_classes, in_channels))
 def drawn(num_classes, in_channels):
     model = small(num_classes, in_channels)
     with torch.no_grad():
@@ -245,6 +249,8 @@ def test_names_that_are_models(name):
     ("zoo.own_nets:kept", (3, 8, 8), None),
     ("zoo.own_nets:volume", (3, 8, 8), ["RuntimeError: required rank 4 tensor to use channels_last format"]),
     ("zoo.own_nets:Standardized", (3, 8, 8), ["RuntimeError: view size is not compatible"]),  # weights are channels last
+    ("zoo.own_nets:normalized", (3, 8, 8), ["PyTorch crashes on a GroupNorm whose input needs no gradient"]),
+    ("zoo.own_nets:normalized_later", (3, 8, 8), None),
     ("zoo.own_nets:nothing", (3, 8, 8), ["returned int"]),
     ("torchvision:vit_b_16", (3, 32, 32), ["AssertionError: Wrong image height! Expected 224 but got 32!"]),
 ])
