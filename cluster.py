@@ -36,8 +36,7 @@ class RayPool:
             path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
             ray.init(address=address or "local", log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "
-                           f"{message(error)}") from error
+            raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: {message(error)}") from error
         resources = dict(num_cpus=job.threads)
         if job.device != "cpu":
             gpus = ray.cluster_resources().get("GPU", 0)

@@ -16,7 +16,7 @@ import torch
 
 import options
 from baselines import PBT_SPACE
-from data import DATASETS, Augmentation, folder_source
+from data import DATASETS, Augmentation, data_set
 from evolution import search_space
 from models import model_error
 from options import ConfigError, option
@@ -256,7 +256,7 @@ class Config:
         """That of the data set; of data that are given to evolve(), what is given with them."""
         if given is not None or self.dataset == "custom":
             return given or Augmentation()
-        return (DATASETS.get(self.dataset) or folder_source(self.dataset, self.image_size)).augmentation
+        return data_set(self.dataset, self.image_size).augmentation
 
     def fixed(self, data):
         """The hyperparameters of individuals that do not evolve them."""

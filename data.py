@@ -235,10 +235,15 @@ def read_folder(folder, size):
         return train, test, class_names
     *train, class_names = read_image_folder(folder / "train", size)
     *test, test_names = read_image_folder(folder / "test", size)
-    if class_names != test_names:
-        raise DataError(f"{folder}: train and test must have the same classes; only one of them has "
-                        f"{', '.join(sorted(set(class_names) ^ set(test_names)))}")
+    refuse_other_classes(class_names, test_names, f"{folder}: train and test must have the same classes")
     return train, test, class_names
+
+
+def refuse_other_classes(train, test, demand):
+    """Raise DataError where the names of the classes differ; it begins with what is demanded."""
+    if list(train) != list(test):
+        apart = sorted(set(map(str, train)) ^ set(map(str, test)))
+        raise DataError(f"{demand}; only one of them has {', '.join(apart) or 'their order'}")
 
 
 def read_image_folder(folder, size):
@@ -316,6 +321,11 @@ def folder_source(folder, size):
     return DataSet(lambda root, download: read_folder(folder, size), None, 1, augmentation)
 
 
+def data_set(name, image_size):
+    """One of DATASETS, or the folder of images at the path `name`."""
+    return DATASETS.get(name) or folder_source(Path(name).expanduser(), image_size)
+
+
 # From images to Data.
 
 
@@ -328,11 +338,10 @@ def load_data(name: str, root=None, seed=0, validation=None, enlarge=None, train
     validation, enlarge: None is the data set's default. The others are as in `make_data`. Raises DataError.
     """
     root = Path(root or os.environ.get("EPBT_DATA") or "data").expanduser()
-    folder = Path(name).expanduser()
-    if name not in DATASETS and not os.path.isdir(folder):
+    if name not in DATASETS and not os.path.isdir(os.path.expanduser(name)):
         raise DataError(f"no data set or folder is called {name!r}{nearest(name, DATASETS)}; accepted are "
                         f"{', '.join(DATASETS)} and a folder with one subfolder of images per class")
-    source = DATASETS.get(name) or folder_source(folder, image_size)
+    source = data_set(name, image_size)
     train, test, class_names = source.read(root, download)
     return make_data(train, test, name=name, class_names=class_names, seed=seed,
                      validation=source.validation if validation is None else validation,
@@ -355,9 +364,8 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     """
     listed, of_test = (getattr(source, "classes", None) for source in (train, test))
     if isinstance(listed, list | tuple):
-        if isinstance(of_test, list | tuple) and list(listed) != list(of_test):
-            raise DataError("train.classes and test.classes must be the same; only one of them has "
-                            f"{', '.join(sorted(set(map(str, listed)) ^ set(map(str, of_test)))) or 'their order'}")
+        if isinstance(of_test, list | tuple):
+            refuse_other_classes(listed, of_test, "train.classes and test.classes must be the same")
         class_names = class_names or listed
     train, test = read_images(train, "training"), read_images(test, "test")
     highest = int(train.labels.max())
@@ -368,10 +376,7 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     limit = len(train) if limit is None else limit
     validation = max(1, limit // 10) if validation is None else validation
     augmentation = augmentation or Augmentation()
-    if not isinstance(augmentation, Augmentation) or augmentation.shift >= min(train.images.shape[2:]):
-        raise DataError("augmentation must be a data.Augmentation whose shift is below the height and width of the images, "
-                        f"not {augmentation!r}")
-    check(train, test, len(class_names), validation, limit, enlarge)
+    check(train, test, len(class_names), validation, limit, enlarge, augmentation)
 
     order = torch.from_numpy(np.random.default_rng((seed, *SPLIT)).permutation(len(train)))[:limit]
     held_out, rest = order[:validation], order if train_on_all else order[validation:]
@@ -385,8 +390,11 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     return Data(name, class_names, train_set, validation_set, test_set, mean, std, augmentation)
 
 
-def check(train, test, num_classes, validation, limit, enlarge):
+def check(train, test, num_classes, validation, limit, enlarge, augmentation):
     """Raise DataError if no sensible split can be made. Its lines name the options that a command line has."""
+    if not isinstance(augmentation, Augmentation) or augmentation.shift >= min(train.images.shape[2:]):
+        raise DataError("augmentation must be a data.Augmentation whose shift is below the height and width of the images, "
+                        f"not {augmentation!r}")
     if train.images.shape[1:] != test.images.shape[1:]:
         raise DataError(f"the training images are {tuple(train.images.shape[1:])}, the test images "
                         f"{tuple(test.images.shape[1:])} (channels, height, width); they must agree")

@@ -467,7 +467,7 @@ def mismatch(name, num_classes, shape, batch_size):
                 return (f"model {name}: for {n} images of {num_classes} classes it must return a tensor {n, num_classes}, "
                         f"not {found}")
         logits.sum().backward()
-        if replaced := [n for n, b in model.named_buffers() if buffers.get(n) is not b]:
+        if replaced := [key for key, buffer in model.named_buffers() if buffers.get(key) is not buffer]:
             return (f"model {name}: its forward() replaces the buffer {replaced[0]}, so that no child would inherit it; it "
                     "must fill it, as with copy_()")
     except Exception as error:  # whatever the user's model raises

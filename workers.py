@@ -48,9 +48,8 @@ class Workers:
 
     def evaluate(self, individuals, teacher=None, alpha=0.0):
         """Alg. 1, step 3a: the same individuals, trained and scored, in the same order."""
-        recalled = [found for m in individuals if (found := self.folder.recall(m))]
-        evaluated = {m.id: m for m in recalled}
-        self.progress.update(len(recalled))
+        evaluated = {m.id: found for m in individuals if (found := self.folder.recall(m))}
+        self.progress.update(len(evaluated))
         path = self.folder.individual_path
         tasks = [Task(m, path(m.id), None if m.parent is None else path(m.parent), teacher and path(teacher.id), alpha)
                  for m in individuals if m.id not in evaluated]
