@@ -24,9 +24,9 @@ def message(error):
 
 
 def option(group, default, help, **facts):
-    """A field that is an option. facts: choices; the bounds low and high (inclusive) and above (exclusive); otherwise
-    (in words, what None stands for); runtime (True where the value cannot change the result, so
-    that a resumed run may have another)."""
+    """A field that is an option. facts: choices; the bounds low and high (inclusive) and above (exclusive); otherwise (in
+    words, what None stands for); runtime (True where the value cannot change the result, so that a resumed run may have
+    another)."""
     return field(default=default, metadata={"group": group, "help": help, **facts})
 
 

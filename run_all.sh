@@ -16,6 +16,7 @@
 #   ./run_all.sh fashion     Baseline 1, PBT, independent networks, EPBT, --preset best, and its schedules replayed
 #   ./run_all.sh digits      the digits with the paper's P = 40 and 25 generations of 8 epochs: an hour or two as well
 #   ./run_all.sh preset      --preset best on seeds that were not used to choose it, and what each of its parts is worth
+#   ./run_all.sh precision   Baseline 1 and --preset best in float32 beside bfloat16
 # After any of them:  --dry-run prints the commands and their cost and runs none.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -181,6 +182,16 @@ preset() {
         best-last-weights best-decay best-fixed-cutout
 }
 
+precision() {
+    scale=fashion
+    seeds=${SEEDS:-1 2 3 4 5 6 7 8 9 10}
+    experiment baseline         --method baseline $fashion_data
+    experiment baseline-float32 --method baseline $fashion_data --precision float32
+    experiment best             --method epbt $fashion_data --preset best
+    experiment best-float32     --method epbt $fashion_data --preset best --precision float32
+    draw precision baseline baseline-float32 best best-float32
+}
+
 digits() {
     local protocol="--dataset digits --threads 1 --population 40 --generations 25 --epochs 8"
     scale=digits
@@ -195,7 +206,7 @@ case $section in
     demo) setup; demo ;;
     test) setup; $python -m pytest -q "${@:2}" ;;
     lint) setup; $python -m ruff check . ;;
-    figure2|figure3|figure4|figure5|figure6|ablations|practice|fashion|preset|digits) setup; $section ;;
+    figure2|figure3|figure4|figure5|figure6|ablations|practice|fashion|preset|precision|digits) setup; $section ;;
     table1|table2) setup; tables $section ;;
     all) setup; tables table1; figure5; figure6; ablations; practice ;;
     *) sed -n '2,/^set -/{/^set -/!s/^# \{0,1\}//p}' "$0"; exit 2 ;;

@@ -6,14 +6,15 @@ of them alike. A generation trains and scores `CHILDREN` networks; images/s coun
 
 On a CPU, Fashion-MNIST (a subset) and ResNet-8, each network distilled from a teacher under the TaylorGLO loss:
 
-- bare processes: one process a core with one thread, plain PyTorch and torch.optim.SGD; no evolution, nothing saved
+- bare processes: one process a core with one thread, plain PyTorch and torch.optim.SGD; no evolution, nothing saved; and
+  with tensors that are not channels last
 - one process: the same, one network after the other, with all threads
 - epbt: a generation of `epbt()` with a worker a core, its selection, records and checkpoint included; and with one worker
 - epbt, bfloat16: the same with --precision bfloat16
 
 then how the time of a generation grows with the number of networks, of workers, and with the model. With ``--tune``, a
 whole run of Population-Based Training on the digits instead, against Ray Tune's (requirements-ray.txt): with this project's
-training code, and with what one would write in PyTorch.
+training code, and with what one would write in PyTorch; for generations of three epochs and of one.
 
 On a GPU, ResNet-32 at batch 128 on random data of CIFAR-10's shape, training only: one eager slot; W slots eager; W slots
 with CUDA graphs; W networks stacked into one by torch.func; and the limit, one eager network at the batch size that
@@ -51,7 +52,7 @@ CORES = len(os.sched_getaffinity(0))
 FIELDS = ("device", "torch", "cores", "contender", "model", "networks", "workers", "p10_s", "median_s", "p90_s", "samples",
           "images_per_s")
 SETTINGS = dict(dataset="fashion", model="resnet8", limit=2000, validation=500, epochs=1, generations=1000)
-TUNE = "--dataset digits --model resnet8 --population 8 --generations 10 --epochs 3 --seed 1".split()
+TUNE = "--dataset digits --model resnet8 --population 8 --generations 10 --seed 1".split()
 
 
 # On a CPU: contenders, each a context manager that gives a function of one generation.
@@ -79,13 +80,15 @@ def plain_accuracy(model, data, image_set):
     return correct / len(image_set)
 
 
-def bare_generation(job, networks):
-    """Train and score so many networks in plain PyTorch."""
+def bare_generation(job, networks, layout):
+    """Train and score so many networks in plain PyTorch. layout: the memory format of weights and activations."""
     data, theta, alpha = job.data, torch.tensor([0.0, 0.5, 0, 0, 0, 20, -40, 0]), torch.tensor(0.4)
     rng = np.random.default_rng(0)
     for _ in range(networks):
-        model, teacher = (make_model(job.model, data.num_classes, data.channels, seed).to(
-            memory_format=torch.channels_last) for seed in (0, 1))
+        model, teacher = (make_model(job.model, data.num_classes, data.channels, seed).to(memory_format=layout)
+                          for seed in (0, 1))
+        for network in (model, teacher):
+            network.register_forward_pre_hook(lambda network, images: images[0].contiguous(memory_format=layout))
         teacher.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -101,16 +104,16 @@ def bare_generation(job, networks):
             plain_accuracy(model, data, image_set)
 
 
-def bare_worker(job, networks, pipe):
+def bare_worker(job, networks, layout, pipe):
     torch.set_num_threads(job.threads)
     load("fused", "cpu")
     while pipe.recv():
-        bare_generation(job, networks)
+        bare_generation(job, networks, layout)
         pipe.send(True)
 
 
 @contextmanager
-def bare(config, data, processes):
+def bare(config, data, processes, layout=torch.channels_last):
     """Each of the processes does its share of the networks, with the cores shared out among them as threads."""
     job = replace(make_job(config, data), threads=max(1, CORES // processes))
     context = multiprocessing.get_context("spawn")
@@ -118,7 +121,7 @@ def bare(config, data, processes):
     for i in range(processes):
         ours, theirs = context.Pipe()
         share = CHILDREN // processes + (i < CHILDREN % processes)
-        started.append(context.Process(target=bare_worker, args=(job, share, theirs), daemon=True))
+        started.append(context.Process(target=bare_worker, args=(job, share, layout, theirs), daemon=True))
         started[-1].start()
         pipes.append(ours)
 
@@ -170,6 +173,7 @@ def on_cpu(rounds):
     rough, n = replace(config, precision="bfloat16"), CORES
     contenders = {
         "bare processes": (bare(config, data, n), config.model, CHILDREN, n),
+        "bare, not channels last": (bare(config, data, n, torch.contiguous_format), config.model, CHILDREN, n),
         "one process": (bare(config, data, 1), config.model, CHILDREN, 1),
         "epbt": (ours(config, data, n), config.model, CHILDREN, n),
         "epbt, one worker": (ours(config, data, 1), config.model, CHILDREN, 1),
@@ -198,18 +202,21 @@ def record(contender, times, images, **facts):
 
 
 def against_tune(repetitions):
-    """Whole runs of PBT on the digits, started as a user does, in turn."""
+    """Whole runs of PBT on the digits, started as a user does, in turn; with long generations and with short ones."""
     with tempfile.TemporaryDirectory() as folder:
-        commands = {"epbt.py --method pbt": ["epbt.py", "--method", "pbt", "--out", f"{folder}/run", "--overwrite"],
+        programs = {"epbt.py --method pbt": ["epbt.py", "--method", "pbt", "--out", f"{folder}/run", "--overwrite"],
                     "Ray Tune, our training": ["-m", "benchmarks.tune"],
                     "Ray Tune, plain PyTorch": ["-m", "benchmarks.tune", "--plain"]}
-        times = {name: [] for name in commands}
-        for _, (name, command) in itertools.product(range(repetitions), commands.items()):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, *command, *TUNE], check=True, stdout=subprocess.DEVNULL)
-            times[name].append(time.perf_counter() - start)
-    for name, values in times.items():
-        yield record(name, values, 8 * 10 * 3 * 1152, model="resnet8", networks=80, workers=CORES)
+        for epochs in (3, 1):
+            times = {name: [] for name in programs}
+            for _, (name, program) in itertools.product(range(repetitions), programs.items()):
+                start = time.perf_counter()
+                subprocess.run([sys.executable, *program, *TUNE, "--epochs", str(epochs)], check=True,
+                               stdout=subprocess.DEVNULL)
+                times[name].append(time.perf_counter() - start)
+            for name, values in times.items():
+                yield record(f"{name}; {epochs} epochs", values, 8 * 10 * epochs * 1152, model="resnet8", networks=80,
+                             workers=CORES)
 
 
 # On a GPU.

@@ -363,9 +363,14 @@ def test_several_mistakes_are_told_at_once(capsys):
     assert ["--tournament" in lines[0], "--reset" in lines[1], len(lines)] == [True, True, 2]
 
 
+def python(*arguments, cwd=ROOT, input=None):
+    """A program, from outside of pytest."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          input=input, capture_output=True, text=True)
+
+
 def test_from_the_shell_a_mistake_is_one_line_and_exit_code_2():
-    command = [sys.executable, "epbt.py", "--population", "4", "--elites", "4"]
-    shell = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    shell = python("epbt.py", "--population", "4", "--elites", "4")
     assert (shell.returncode, shell.stdout) == (2, "")
     assert re.fullmatch(r"epbt\.py: --elites .*--population .*4\n", shell.stderr)
 
@@ -476,16 +481,14 @@ def test_a_model_of_a_script_without_a_file_needs_workers_1():
               "def make(num_classes, in_channels): pass\n"
               "try: epbt.evolve(epbt.Config(workers=2, device='cpu'), make)\n"
               "except epbt.ConfigError as error: print(error)\n")
-    done = subprocess.run([sys.executable, "-"], input=script, cwd=Path(__file__).parents[1], capture_output=True,
-                          text=True)
+    done = python("-", input=script)
     assert "workers=1" in done.stdout and done.stdout.count("\n") == 1, done.stderr
 
 
 def test_a_program_from_standard_input_has_workers_too(tmp_path):
     options = f"--population 2 --generations 1 --epochs 1 --limit 300 --workers 2 --device cpu --out {tmp_path / 'run'}"
     script = f"import epbt\nepbt.main({options.split()})"
-    done = subprocess.run([sys.executable, "-"], input=script, cwd=Path(__file__).parents[1], capture_output=True,
-                          text=True)
+    done = python("-", input=script)
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
@@ -519,8 +522,7 @@ def test_a_model_of_a_script_that_no_worker_can_import(tmp_path):
     script.write_text("import epbt\n"
                       "def make(num_classes, in_channels): pass\n"
                       "if __name__ == '__main__': epbt.evolve(epbt.Config(device='cpu'), make)\n")
-    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = python(script, cwd=tmp_path)
     assert done.stderr.splitlines()[-1] == ("options.ConfigError: make_model is in train.v2.py, which cannot be imported: "
                                             "there must be no dot before .py")
 
@@ -528,8 +530,7 @@ def test_a_model_of_a_script_that_no_worker_can_import(tmp_path):
 def test_a_script_that_calls_evolve_while_workers_import_it_is_told_what_to_do(tmp_path):
     script = tmp_path / "unguarded.py"
     script.write_text("import epbt\nepbt.evolve(epbt.Config(workers=2, device='cpu', loss_backend='reference'))\n")
-    done = subprocess.run([sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = python(script, cwd=tmp_path)
     *_, last = done.stderr.splitlines()
     assert last == ("records.RunError: worker processes import the script that calls evolve(): the call must stand under "
                     'if __name__ == "__main__":')
