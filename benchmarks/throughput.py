@@ -11,6 +11,7 @@ On a CPU, Fashion-MNIST (a subset) and ResNet-8, each network distilled from a t
 - one process: the same, one network after the other, with all threads
 - epbt: a generation of `epbt()` with a worker a core, its selection, records and checkpoint included; and with one worker
 - epbt, bfloat16: the same with --precision bfloat16
+- stacked: networks stacked into one by torch.func, in one process with all threads; a step without augmentation or scoring
 
 then how the time of a generation grows with the number of networks, of workers, and with the model. With ``--tune``, a
 whole run of Population-Based Training on the digits instead, against Ray Tune's (requirements-ray.txt): with this project's
@@ -18,7 +19,8 @@ training code, and with what one would write in PyTorch; for generations of thre
 
 On a GPU, ResNet-32 at batch 128 on random data of CIFAR-10's shape, training only: one eager slot; W slots eager; W slots
 with CUDA graphs; W networks stacked into one by torch.func; and the limit, one eager network at the batch size that
-saturates the device.
+saturates the device. gpu_busy is the share of the time of a profile in which the GPU runs something. The last rows are with
+--deterministic.
 """
 
 import argparse
@@ -37,6 +39,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.kernel import RESULTS, device_name, spread, write_csv
 from data import DATASETS, ImageSet, draw_augmentation, load_data, make_batch, make_data, normalize
@@ -45,12 +49,10 @@ from models import make_model
 from records import RunFolder
 from taylorglo_ext import load, taylorglo_loss
 from training import EVALUATION_BATCH, Trainer, prepare
-from workers import REHEARSAL, Workers, make_pool, throughput
+from workers import REHEARSAL, Workers, finished, make_pool, throughput
 
 CHILDREN = 4
 CORES = len(os.sched_getaffinity(0))
-FIELDS = ("device", "torch", "cores", "contender", "model", "networks", "workers", "p10_s", "median_s", "p90_s", "samples",
-          "images_per_s")
 SETTINGS = dict(dataset="fashion", model="resnet8", limit=2000, validation=500, epochs=1, generations=1000)
 TUNE = "--dataset digits --model resnet8 --population 8 --generations 10 --seed 1".split()
 
@@ -180,6 +182,8 @@ def on_cpu(rounds):
         "epbt, bfloat16": (ours(rough, data, n), config.model, CHILDREN, n),
     }
     yield from records_of(contenders, data, rounds)
+    yield record("stacked", stacked(make_job(config, data), CHILDREN, max(2, rounds // 2)), CHILDREN * 128,
+                 model=config.model, networks=CHILDREN, workers=1)
     for networks in (2, 8):
         yield from records_of({f"P = {2 * networks}": (ours(config, data, n, networks), config.model, networks, n)},
                               data, max(2, rounds // 2))
@@ -233,25 +237,45 @@ def on_gpu(rounds):
         exact = replace(job, precision=precision)
         label = "" if precision == "float32" else ", bfloat16"
         for slots, graphs in ((1, False), (4, False), (1, True), (2, True), (4, True), (8, True), (16, True)):
-            trainers = [Trainer(replace(exact, no_graphs=not graphs)) for _ in range(slots)]
-            name = ("slots with graphs" if graphs else "eager slots") + label
-            yield record(name, rehearsals(trainers, rounds), REHEARSAL * slots * job.batch_size, model=job.model,
-                         networks=slots, workers=slots)
-            del trainers
-            torch.cuda.empty_cache()
+            yield record_of_slots(("slots with graphs" if graphs else "eager slots") + label,
+                                  replace(exact, no_graphs=not graphs), slots, rounds)
         for networks in (4, 8, 16) if precision == "float32" else ():  # torch.func has no mixed BatchNorm
             times = stacked(exact, networks, rounds)
             yield record("stacked", times, networks * 128, model=job.model, networks=networks, workers=1)
         for batch in (512, 2048, 8192):
-            trainer = Trainer(replace(exact, no_graphs=True, batch_size=batch))
-            yield record(f"limit: batch {batch}{label}", rehearsals([trainer], rounds), REHEARSAL * batch,
-                         model=job.model, networks=1, workers=1)
+            large = replace(exact, no_graphs=True, batch_size=batch)
+            yield record_of_slots(f"limit: batch {batch}{label}", large, 1, rounds)
+    exact = prepare(replace(job, deterministic=True))  # last, since it holds from now on
+    for slots in (1, 8):
+        yield record_of_slots("slots with graphs, deterministic", exact, slots, rounds)
 
 
-def rehearsals(trainers, rounds):
-    """Seconds in which these slots together take so many training steps each."""
-    images = REHEARSAL * sum(trainer.batch for trainer in trainers)
-    return [images / throughput(trainers) for _ in range(rounds)]
+def record_of_slots(contender, job, slots, rounds):
+    """These slots together take so many training steps each, `rounds` times."""
+    trainers = [Trainer(job) for _ in range(slots)]
+    images = REHEARSAL * slots * job.batch_size
+    times = [images / throughput(trainers) for _ in range(rounds)]
+    row = record(contender, times, images, model=job.model, networks=slots, workers=slots)
+    row["gpu_busy"] = round(busy_share(trainers), 3)
+    del trainers
+    torch.cuda.empty_cache()
+    return row
+
+
+def busy_share(trainers, steps=10):
+    """In a profile of a few steps, the share of the time in which the GPU runs something: 1 where there is no gap."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
+        busy = {trainer: trainer.rehearse(steps) for trainer in trainers}
+        while busy:
+            finished(busy)
+        torch.cuda.synchronize()
+    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == DeviceType.CUDA)
+    (begun, _), *_ = spans
+    covered, end = 0.0, begun
+    for start, stop in spans:
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered / (end - begun)
 
 
 def load_augmented(images):
@@ -328,14 +352,16 @@ def main():
     machine = dict(device=device_name(options.device), torch=torch.__version__, cores=CORES)
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print(f"{'contender':24}{'model':>10}{'networks':>10}{'workers':>9}{'median s':>10}{'p10':>9}{'p90':>9}"
-          f"{'images/s':>11}")
+          f"{'images/s':>11}{'GPU busy':>10}")
     contenders = against_tune if options.tune else {"cpu": on_cpu, "cuda": on_gpu}[options.device]
     records, path = [], RESULTS / ("tune-cpu.csv" if options.tune else f"throughput-{options.device}.csv")
     for row in contenders(options.rounds):
         records.append(machine | row)
+        fields = tuple(dict.fromkeys(name for record in records for name in record))
         print(f"{row['contender']:24}{row['model']:>10}{row['networks']:>10}{row['workers']:>9}{row['median_s']:>10.3f}"
-              f"{row['p10_s']:>9.3f}{row['p90_s']:>9.3f}{row['images_per_s']:>11,.0f}", flush=True)
-        write_csv(path, FIELDS, records)
+              f"{row['p10_s']:>9.3f}{row['p90_s']:>9.3f}{row['images_per_s']:>11,.0f}{row.get('gpu_busy', ''):>10}",
+              flush=True)
+        write_csv(path, fields, records)
     plot(records, path.with_suffix(".png"))
 
 
