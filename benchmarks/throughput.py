@@ -269,13 +269,18 @@ def busy_share(trainers, steps=10):
         while busy:
             finished(busy)
         torch.cuda.synchronize()
-    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == DeviceType.CUDA)
-    (begun, _), *_ = spans
-    covered, end = 0.0, begun
+    return covered([(e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == DeviceType.CUDA])
+
+
+def covered(spans):
+    """The share of the time from the first start to the last end that lies within any of the spans (start, end)."""
+    spans = sorted(spans)
+    begun = end = spans[0][0]
+    total = 0.0
     for start, stop in spans:
-        covered += max(0.0, stop - max(start, end))
+        total += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    return covered / (end - begun)
+    return total / (end - begun)
 
 
 def load_augmented(images):
