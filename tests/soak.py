@@ -350,6 +350,7 @@ def main():
     for name, count in (("kills", 50), ("worker-kills", 50), ("damages", 500), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=count)
     asked = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job and its children ignore Ctrl-C
     report = Report()
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
