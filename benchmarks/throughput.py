@@ -89,8 +89,9 @@ def bare_generation(job, networks, layout):
     for _ in range(networks):
         model, teacher = (make_model(job.model, data.num_classes, data.channels, seed).to(memory_format=layout)
                           for seed in (0, 1))
-        for network in (model, teacher):
-            network.register_forward_pre_hook(lambda network, images: images[0].contiguous(memory_format=layout))
+        if layout is not torch.channels_last:  # make_batch()'s images are; contiguous() would leave those of one channel
+            for network in (model, teacher):
+                network.register_forward_pre_hook(lambda network, images: images[0].clone(memory_format=layout))
         teacher.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
