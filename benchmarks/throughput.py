@@ -13,9 +13,10 @@ On a CPU, Fashion-MNIST (a subset) and ResNet-8, each network distilled from a t
 - epbt, bfloat16: the same with --precision bfloat16
 - stacked: networks stacked into one by torch.func, in one process with all threads; a step without augmentation or scoring
 
-then how the time of a generation grows with the number of networks, of workers, and with the model. With ``--tune``, a
-whole run of Population-Based Training on the digits instead, against Ray Tune's (requirements-ray.txt): with this project's
-training code, and with what one would write in PyTorch; for generations of three epochs and of one.
+then how the time of a generation grows with the number of networks, of workers, with the model, and what a training step
+of each of the paper's networks takes a worker. With ``--tune``, a whole run of Population-Based Training on the digits
+instead, against Ray Tune's (requirements-ray.txt): with this project's training code, and with what one would write in
+PyTorch; for generations of three epochs and of one.
 
 On a GPU, ResNet-32 at batch 128 on random data of CIFAR-10's shape, training only: one eager slot; W slots eager; W slots
 with CUDA graphs; W networks stacked into one by torch.func; and the limit, one eager network at the batch size that
@@ -49,11 +50,12 @@ from models import make_model
 from records import RunFolder
 from taylorglo_ext import load, taylorglo_loss
 from training import EVALUATION_BATCH, Trainer, prepare
-from workers import REHEARSAL, Workers, finished, make_pool, throughput
+from workers import REHEARSAL, Workers, finished, keep_freed_memory, make_pool, throughput
 
 CHILDREN = 4
 CORES = len(os.sched_getaffinity(0))
 SETTINGS = dict(dataset="fashion", model="resnet8", limit=2000, validation=500, epochs=1, generations=1000)
+PAPER_MODELS = "resnet32", "wrn-10-12", "wrn-16-8", "wrn-22-6", "wrn-28-5"
 TUNE = "--dataset digits --model resnet8 --population 8 --generations 10 --seed 1".split()
 
 
@@ -193,6 +195,32 @@ def on_cpu(rounds):
                               max(2, rounds // 2))
 
 
+    for model in PAPER_MODELS:
+        yield record("a step", steps(model, max(2, rounds // 2)), config.batch_size, model=model, networks=1, workers=1)
+
+
+def steps(model, rounds):
+    """Seconds of training steps of one worker with one core, on images as CIFAR-10's."""
+    keep_freed_memory()
+    config = Config(dataset="cifar10", model=model, device="cpu", threads=1).resolved()
+    trainer, times = Trainer(prepare(make_job(config, random_cifar10(1500)))), []
+    for _ in range(1 + rounds):  # the first is slower
+        start = time.perf_counter()
+        busy = {trainer: trainer.rehearse(1)}
+        while busy:
+            finished(busy)
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def random_cifar10(n):
+    """Random images of CIFAR-10's shape, with its augmentation; 1,250 of them are for validation."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, n)
+    return make_data(images, tuple(part[:10_000] for part in images), validation=1250,
+                     augmentation=DATASETS["cifar10"].augmentation)
+
+
 def records_of(contenders, data, rounds):
     times = take_turns({name: contender for name, (contender, *_) in contenders.items()}, rounds)
     for name, (_, model, networks, workers) in contenders.items():
@@ -229,11 +257,8 @@ def against_tune(repetitions):
 
 def on_gpu(rounds):
     """Yields the records of every GPU contender."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (51_250, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, 51_250)
-    data = load_augmented(images)
     config = Config(dataset="cifar10", device="cuda").resolved()
-    job = prepare(replace(make_job(config, data), device="cuda:0"))
+    job = prepare(replace(make_job(config, random_cifar10(51_250)), device="cuda:0"))
     for precision in ("float32", "bfloat16"):
         exact = replace(job, precision=precision)
         label = "" if precision == "float32" else ", bfloat16"
@@ -282,12 +307,6 @@ def covered(spans):
         total += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return total / (end - begun)
-
-
-def load_augmented(images):
-    """Random images as CIFAR-10's, with its augmentation."""
-    return make_data(images, tuple(part[:10_000] for part in images), validation=1250,
-                     augmentation=DATASETS["cifar10"].augmentation)
 
 
 def stacked(job, networks, rounds, batch=128):
