@@ -296,10 +296,15 @@ def throughput(trainers):
     """Training images/s of these slots together, with a teacher, as in most of a run's steps."""
     for _ in range(2):  # the first time captures the graphs
         begun = time.perf_counter()
-        busy = {trainer: trainer.rehearse(REHEARSAL) for trainer in trainers}
-        while busy:
-            finished(busy)
+        rehearse(trainers, REHEARSAL)
     return sum(REHEARSAL * trainer.batch for trainer in trainers) / (time.perf_counter() - begun)
+
+
+def rehearse(trainers, count):
+    """So many training steps of each of these slots, in turn."""
+    busy = {trainer: trainer.rehearse(count) for trainer in trainers}
+    while busy:
+        finished(busy)
 
 
 def keep_freed_memory():

@@ -50,7 +50,7 @@ from models import make_model
 from records import RunFolder
 from taylorglo_ext import load, taylorglo_loss
 from training import EVALUATION_BATCH, Trainer, prepare
-from workers import REHEARSAL, Workers, finished, keep_freed_memory, make_pool, throughput
+from workers import REHEARSAL, Workers, keep_freed_memory, make_pool, rehearse, throughput
 
 CHILDREN = 4
 CORES = len(os.sched_getaffinity(0))
@@ -193,22 +193,19 @@ def on_cpu(rounds):
     for model in ("resnet20", "wrn-10-1"):
         yield from records_of({model: (ours(replace(config, model=model), data, n), model, CHILDREN, n)}, data,
                               max(2, rounds // 2))
-
-
-    for model in PAPER_MODELS:
-        yield record("a step", steps(model, max(2, rounds // 2)), config.batch_size, model=model, networks=1, workers=1)
-
-
-def steps(model, rounds):
-    """Seconds of training steps of one worker with one core, on images as CIFAR-10's."""
     keep_freed_memory()
-    config = Config(dataset="cifar10", model=model, device="cpu", threads=1).resolved()
-    trainer, times = Trainer(prepare(make_job(config, random_cifar10(1500)))), []
+    job = prepare(make_job(Config(dataset="cifar10", device="cpu", threads=1).resolved(), random_cifar10(1500)))
+    for model in PAPER_MODELS:
+        times = steps(replace(job, model=model), max(2, rounds // 2))
+        yield record("a step", times, job.batch_size, model=model, networks=1, workers=1)
+
+
+def steps(job, rounds):
+    """Seconds of training steps of one worker."""
+    trainer, times = Trainer(job), []
     for _ in range(1 + rounds):  # the first is slower
         start = time.perf_counter()
-        busy = {trainer: trainer.rehearse(1)}
-        while busy:
-            finished(busy)
+        rehearse([trainer], 1)
         times.append(time.perf_counter() - start)
     return times[1:]
 
@@ -291,9 +288,7 @@ def record_of_slots(contender, job, slots, rounds):
 def busy_share(trainers, steps=10):
     """In a profile of a few steps, the share of the time in which the GPU runs something: 1 where there is no gap."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
-        busy = {trainer: trainer.rehearse(steps) for trainer in trainers}
-        while busy:
-            finished(busy)
+        rehearse(trainers, steps)
         torch.cuda.synchronize()
     return covered([(e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type == DeviceType.CUDA])
 
