@@ -151,9 +151,8 @@ def binary_loss(theta, y):
 
 def theta(run, individual):
     """The eight numbers as its loss took them."""
-    classes = SimpleNamespace(num_classes=getattr(run.config, "classes", None))
-    job = SimpleNamespace(normalize_loss=getattr(run.config, "normalize_loss", False), data=classes)
-    return scaled_theta(individual["hyperparameters"], job)
+    return scaled_theta(individual["hyperparameters"], getattr(run.config, "normalize_loss", False),
+                        getattr(run.config, "classes", None))
 
 
 def evolved_values(run):

@@ -33,7 +33,7 @@ def schedule(config, job, log):
     epochs = []
     for ancestor in ancestry(log):
         h = {**job.fixed, **ancestor["hyperparameters"]}
-        theta = [float(x) for x in scaled_theta(h, job)] if "theta0" in h else None
+        theta = [float(x) for x in scaled_theta(h, job.normalize_loss, job.data.num_classes)] if "theta0" in h else None
         epochs += [dict(learning_rate=learning_rate(h, ancestor["generation"] * job.epochs + e, job),
                         momentum=h["momentum"], weight_decay=h["weight_decay"], cutout=h["cutout"], theta=theta)
                    for e in range(job.epochs)]

@@ -257,7 +257,8 @@ class Trainer:
         self.network.model.train()
         step = self._recorded(self._step, kind)
         if self.loss_is_taylorglo:
-            self.taylorglo.theta.copy_(torch.from_numpy(scaled_theta(h, self.job)))
+            theta = scaled_theta(h, self.job.normalize_loss, self.data.num_classes)
+            self.taylorglo.theta.copy_(torch.from_numpy(theta))
         for name in ("momentum", "weight_decay"):
             self._set(name, h[name])
         self.cutout.fill_(self.augmentation.cutout)
@@ -421,16 +422,15 @@ def learning_rate(h, epoch, job):
     return job.learning_rate * h["lr_scale"] / h["lr_decay"] ** passed
 
 
-def scaled_theta(h, job):
-    """theta as the loss takes it. With job.normalize_loss (not in the paper), Eq. 2 is multiplied by the factor that
+def scaled_theta(h, normalize_loss, num_classes):
+    """theta as the loss takes it. With normalize_loss (not in the paper), Eq. 2 is multiplied by the factor that
     makes its first step as large as that of cross-entropy.
 
     At the uniform prediction y = 1/n, dL/dz of the true class is -(1/n) y (1 - y) first_step(theta), and that of
     cross-entropy is -(1 - y). The sign stays, and the floor keeps a loss that hardly moves from exploding."""
     theta = np.array([h[f"theta{i}"] for i in range(8)])
-    if job.normalize_loss:
-        classes = job.data.num_classes
-        theta[2:] *= classes**2 / max(abs(first_step(theta, classes)), 1e-2)
+    if normalize_loss:
+        theta[2:] *= num_classes**2 / max(abs(first_step(theta, num_classes)), 1e-2)
     return theta
 
 

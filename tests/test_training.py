@@ -322,14 +322,17 @@ def test_bfloat16_is_for_the_activations_alone(tmp_path):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_normalized_loss_starts_as_steeply_as_cross_entropy_in_its_own_direction(sign):
+def test_a_normalized_loss_starts_as_steeply_as_cross_entropy_in_its_own_direction(sign, tmp_path):
     h = {f"theta{i}": t for i, t in enumerate([0.3, -2.0, 4.0, 1.0, -3.0, sign * 9.0, 0.5, -1.0])}
-    assert scaled_theta(h, job()).tolist() == list(h.values())
-    theta = torch.from_numpy(scaled_theta(h, job(normalize_loss=True)))  # of three classes
+    assert scaled_theta(h, False, 3).tolist() == list(h.values())
+    theta = torch.from_numpy(scaled_theta(h, True, 3))
     logits, label = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True), torch.tensor([2])
     own, = torch.autograd.grad(reference_loss(logits, label, theta), logits)
     expected, = torch.autograd.grad(F.cross_entropy(logits, label), logits)
     torch.testing.assert_close(own, sign * expected)
+    trainer = Trainer(job(normalize_loss=True))  # of three classes
+    trainer.evaluate(task(tmp_path, h={**TAYLORGLO, **h}))
+    assert torch.equal(trainer.taylorglo.theta, theta.float())
 
 
 # Averaged weights.
