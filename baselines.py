@@ -7,11 +7,9 @@ learning rates, the fittest chosen in the end.
 
 import numpy as np
 
-from evolution import Variable, as_array, as_dicts, best_first, draw, initialize, random_stream
+from evolution import as_array, as_dicts, best_first, draw, initialize, random_stream
 from records import Individual
 
-# Sec. 4.1: "between 0.1 and 0.0001", as a scale of the rate 0.1. paper: unspecified: uniform in the logarithm.
-PBT_SPACE = (Variable("lr_scale", 1e-3, 1.0, log=True),)
 TRUNCATION = 0.25  # Sec. 4.1: the top 25% are copied over the bottom 25%
 PERTURBATION = 1.2  # Sec. 4.1
 RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is Ray Tune's default

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from options import message, nearest
+from errors import DataError, message, nearest
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
@@ -29,10 +29,6 @@ HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every 
 NO_DATASETS = (tuple, list, dict, str, torch.Tensor, np.ndarray)  # though they have a length and items
 
 
-class DataError(Exception):
-    """One line: what is wrong with the data, and what is accepted."""
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """What happens at random to a training image (Sec. 4.1)."""
@@ -40,6 +36,10 @@ class Augmentation:
     flip: bool = False  # left to right, with probability 1/2
     shift: int = 0  # translation by up to so many pixels in each direction; zeros are shifted in
     cutout: int = 0  # side in pixels of the square that is cut out [6]; 0 cuts nothing
+
+    def __str__(self):
+        words = ["flip"] * self.flip + [f"{name}={n}" for name, n in (("shift", self.shift), ("cutout", self.cutout)) if n]
+        return " ".join(words) or "none"
 
     def __post_init__(self):
         if not isinstance(self.flip, bool):
@@ -321,6 +321,15 @@ def folder_source(folder, size):
     return DataSet(lambda root, download: read_folder(folder, size), None, 1, augmentation)
 
 
+def parse_augmentation(text, size):
+    if isinstance(text, Augmentation):
+        return text
+    if text == "auto":
+        return Augmentation(flip=True, shift=size // 8, cutout=size // 2)
+    parts = dict((part + "=1").split("=")[:2] for part in text.split() if part != "none")
+    return Augmentation(flip="flip" in parts, shift=int(parts.get("shift", 0)), cutout=int(parts.get("cutout", 0)))
+
+
 def data_set(name, image_size):
     """One of DATASETS, or the folder of images at the path `name`."""
     return DATASETS.get(name) or folder_source(Path(name).expanduser(), image_size)
@@ -330,7 +339,7 @@ def data_set(name, image_size):
 
 
 def load_data(name: str, root=None, seed=0, validation=None, enlarge=None, train_on_all=False, image_size=32,
-              download=False, limit=None) -> Data:
+              download=False, limit=None, augmentation="auto") -> Data:
     """The data set called `name` (one of DATASETS), or the folder of images at the path `name`.
 
     root: where the published files lie, or are downloaded to; None is $EPBT_DATA or ./data.
@@ -346,7 +355,7 @@ def load_data(name: str, root=None, seed=0, validation=None, enlarge=None, train
     return make_data(train, test, name=name, class_names=class_names, seed=seed,
                      validation=source.validation if validation is None else validation,
                      enlarge=source.enlarge if enlarge is None else enlarge,
-                     augmentation=source.augmentation, train_on_all=train_on_all, limit=limit)
+                     augmentation=augmentation, train_on_all=train_on_all, limit=limit)
 
 
 def make_data(train, test, *, name="custom", class_names=None, seed=0, validation=None, enlarge=1,
@@ -373,9 +382,9 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
         raise DataError(f"the training labels go up to {highest}, of {len(train)} images; they must number the classes "
                         "from 0 on")
     class_names = tuple(map(str, class_names or range(highest + 1)))
-    limit = len(train) if limit is None else limit
-    validation = max(1, limit // 10) if validation is None else validation
-    augmentation = augmentation or Augmentation()
+    limit = limit or len(train)
+    validation = max(1, limit // 10) if validation is None else int(validation if validation >= 1 else validation * limit)
+    augmentation = parse_augmentation(augmentation or Augmentation(), train.images.shape[2])
     check(train, test, len(class_names), validation, limit, enlarge, augmentation)
 
     order = torch.from_numpy(np.random.default_rng((seed, *SPLIT)).permutation(len(train)))[:limit]
