@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from options import message, nearest
+from errors import DataError, message, nearest
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
@@ -27,10 +27,6 @@ SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that
 SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}
 HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every run
 NO_DATASETS = (tuple, list, dict, str, torch.Tensor, np.ndarray)  # though they have a length and items
-
-
-class DataError(Exception):
-    """One line: what is wrong with the data, and what is accepted."""
 
 
 @dataclass(frozen=True)

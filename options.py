@@ -1,26 +1,11 @@
 """A dataclass as the options of a command line: each field declares its help, its bounds, and its group."""
 
 import argparse
-import difflib
 import sys
 from dataclasses import field, fields
 from typing import get_args, get_origin, get_type_hints
 
-
-class ConfigError(Exception):
-    """One line for each thing that is wrong with a config."""
-
-
-def nearest(name, names):
-    """The words ", did you mean 'resnet32'?" for the nearest of the names, or nothing."""
-    lower = {candidate.lower(): candidate for candidate in names}
-    matches = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f", did you mean {lower[matches[0]]!r}?" if matches else ""
-
-
-def message(error):
-    """What an error says, in one line."""
-    return " ".join(str(error).split())
+from errors import ConfigError, message, nearest  # noqa: F401 (still imported from here)
 
 
 def option(group, default, help, **facts):
@@ -78,11 +63,11 @@ BOUNDS = (("low", "at least", lambda x, bound: x >= bound), ("above", "above", l
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, text):
         """One line and exit code 2; a mistyped option is told the nearest that there is."""
-        if message.startswith("unrecognized arguments:"):
-            message += nearest(message.split()[2].split("=")[0], self._option_string_actions)
-        self.exit(2, f"{self.prog.split()[-1]}: {message}\n")
+        if text.startswith("unrecognized arguments:"):
+            text += nearest(text.split()[2].split("=")[0], self._option_string_actions)
+        self.exit(2, f"{self.prog.split()[-1]}: {text}\n")
 
 
 def number_or_text(text):

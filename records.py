@@ -28,13 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import RunError
+
 DIGEST_BYTES = hashlib.sha256().digest_size
 FOR_PEOPLE = ("config.json", "log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json", "report.html",
               "tensorboard/*", *(f"{name}.{kind}" for name in ("curves", "losses", "schedule") for kind in ("png", "svg")))
-
-
-class RunError(Exception):
-    """A run folder that cannot be used or written; the message is one clear line."""
 
 
 class DamagedFile(RunError):
