@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from contextlib import contextmanager
 
 
 def plain(text):
@@ -40,3 +41,14 @@ class DataError(OneLine):
 
 class RunError(OneLine):
     """Why a run cannot start or go on, or its folder cannot be used."""
+
+
+@contextmanager
+def told(what):
+    """Whatever is raised within, also by other people's code, becomes a DataError about `what`."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
+    except Exception as error:
+        raise DataError(f"{what}: {type(error).__name__}: {error}") from error
