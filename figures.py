@@ -19,7 +19,7 @@ from statistics import median
 import matplotlib.style
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
@@ -39,19 +39,17 @@ def grid(rows, columns, size, title="", **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def add_legend(figure, title=None):
-    """One legend for all axes, in as many columns as there is room for."""
-    found = {name: handle for ax in figure.axes
-             for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    columns = figure.get_figwidth() / (0.6 + 0.065 * max(map(len, found), default=0))  # inches
-    figure.legend(found.values(), found, loc="outside lower center", ncols=max(1, int(columns)),
+def add_legend(figure, drawn, title=None):
+    """One legend for all axes, of drawn = {label: artist}, in as many columns as have room."""
+    columns = figure.get_figwidth() / (0.6 + 0.065 * max(map(len, drawn)))  # inches
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=max(1, int(columns)),
                   title=title)
 
 
 def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
     """Lines with error bars, a column a panel; where zoomed is true, once more above, zoomed in.
     panels: {title: {label: (x, y, error)}}; a line that is None is left out."""
-    names = dict.fromkeys(name for lines in panels.values() for name in lines)
+    drawn, names = {}, dict.fromkeys(name for lines in panels.values() for name in lines)
     looks = dict(zip(names, cycle(matplotlib.rcParams["axes.prop_cycle"]), strict=False))
     size = (3.2, 2.6) if len(panels) > 1 else (4.6, 2.8)
     figure, axes = grid(1 + zoomed, len(panels), size, sharex="col")
@@ -59,7 +57,7 @@ def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
         lines = {name: line for name, line in lines.items() if line}
         for ax in column:
             for name, line in lines.items():
-                ax.errorbar(*line, **looks[name], label=name)
+                drawn[name] = ax.errorbar(*line, **looks[name])
         column[0].set_title(textwrap.fill(title, int(13 * size[0])))
         column[-1].set_xlabel(xlabel)
         column[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -67,7 +65,7 @@ def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
             column[0].set_ylim(*zoom([y for _, y, _ in lines.values()]))
     for ax in axes[:, 0]:
         ax.set_ylabel(ylabel)
-    add_legend(figure, note)
+    add_legend(figure, drawn, note)
     return figure
 
 
@@ -108,16 +106,17 @@ def figure_losses(runs, title):
         title += "; Eq. 2 alone, to which cross-entropy is added"
     columns = min(3, len(runs) + 1)
     figure, axes = grid(-(-(len(runs) + 1) // columns), columns, (2.4, 2.1), title, sharex=True)
-    colours, norm = matplotlib.colormaps["viridis"], Normalize(0, 1.2 * runs[0].total_epochs)
+    colours = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.85, 256)))
+    norm = Normalize(0, runs[0].total_epochs)
     y = np.linspace(0.01, 1, 100)
     panels = [*axes.flat]
     for ax, run in zip(panels, runs, strict=False):
         for ancestor in run.ancestry():
             loss = binary_loss(ancestor["applied"]["theta"], y)
             age = (ancestor["generation"] + 1) * run.config["epochs"]
-            ax.plot(y, loss - loss[-1], color=colours(norm(age)))
+            ax.plot(y, loss - loss[-1], marker="", color=colours(norm(age)))
         ax.set_title(f"seed {run.seed}")
-    panels[len(runs)].plot(y, -np.log(y), color="black")
+    panels[len(runs)].plot(y, -np.log(y), marker="", color="black")
     panels[len(runs)].set_title("cross-entropy")
     for ax in panels[len(runs) + 1:]:
         ax.remove()
@@ -141,6 +140,7 @@ def figure_schedule(runs, title):
               if any(np.ptp(applied(run, name)) for run in runs)]
     names = [["learning_rate", "momentum"]] * 2 + [[name] for name in others]
     figure, axes = grid(len(names), len(runs), (2.4, 1.7), title, sharex=True, sharey="row")
+    legend = {}
     for column, run in zip(axes.T, runs, strict=True):
         column[0].set_title(f"seed {run.seed}")
         column[1].set_yscale("log")
@@ -149,11 +149,11 @@ def figure_schedule(runs, title):
         column[-1].set_xlabel("epoch")
         for ax, drawn in zip(column, names, strict=True):
             for i, name in enumerate(drawn):
-                ax.stairs(applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4,
-                          label=name.replace("_", " ") if drawn[1:] else None)
+                legend[name.replace("_", " ")] = ax.stairs(
+                    applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
     for ax, name in zip(axes[:, 0], ("value", "log scale", *others), strict=True):
         ax.set_ylabel(name.replace("_", " "))
-    add_legend(figure)
+    add_legend(figure, legend)
     return figure
 
 

@@ -122,10 +122,9 @@ def group(runs):
                     for r in (other, run))
             apart = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
             if apart or other.seed == run.seed:
-                raise RunError(
-                    f"{other.folder} and {run.folder} are named as one row, {run.row}, but "
-                    f"{'differ in ' + ', '.join(apart) if apart else 'have the same seed'}: the runs "
-                    "of a row differ in the seed and in nothing else")
+                what = f"differ in {', '.join(apart)}" if apart else "have the same seed"
+                raise RunError(f"{other.folder} and {run.folder} are named as one row, {run.row}, "
+                               f"but {what}: the runs of a row differ in the seed and only there")
         row.append(run)
     return problems
 

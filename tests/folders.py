@@ -34,20 +34,23 @@ def evolved(*accuracies, **more):
     for g, accuracy in enumerate(accuracies[1:], 1):
         elites = sorted(log[-1], key=lambda m: -m["fitness"])[:2]
         log.append([*({**m, "elite": True} for m in elites),
-                    *(child(2 * g + i, g, accuracy - (i - 2) / 100, elites[0]["id"]) for i in (2, 3))])
+                    child(2 * g + 2, g, accuracy, elites[0]["id"]),
+                    child(2 * g + 3, g, accuracy - 0.01, elites[0]["id"])])
     return log
 
 
 def write(folder, log, **settings):
     """The files of a run whose populations are `log`. The seed is at the end of the folder's name,
     where it is not given."""
-    settings = {"method": "epbt", "dataset": "digits", "model": "resnet8", "population": len(log[0]),
-                "generations": len(log), "epochs": 2, "seed": int(folder.name.rsplit("-")[-1]),
-                "label_noise": 0.0, "data": "0" * 16, "classes": 10, "space": []} | settings
+    settings = {"method": "epbt", "dataset": "digits", "model": "resnet8", "epochs": 2,
+                "generations": len(log), "seed": int(folder.name.rsplit("-")[-1]),
+                "population": len(log[0]) if log else 0, "label_noise": 0.0, "data": "0" * 16,
+                "classes": 10, "space": []} | settings
     folder.mkdir(parents=True)
     lines = [{"generation": g, "population": population} for g, population in enumerate(log)]
     times = [{"generation": g, "seconds": 1800.0} for g in range(len(log))]
-    for name, content in (("log.jsonl", lines), ("timing.jsonl", times), ("config.json", [settings])):
+    files = {"log.jsonl": lines, "timing.jsonl": times, "config.json": [settings]}
+    for name, content in files.items():
         text = "".join(json.dumps(line) + "\n" for line in content)
         (folder / name).write_text(text, encoding="utf-8")
     return folder
