@@ -1,120 +1,42 @@
 """Tables and drawings of small logs that are written by hand."""
 
 import csv
-import json
-import math
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from folders import THETA, alone, evolved, member, write
 from PIL import Image
 
-from config import Config
-from data import Augmentation
-from evolution import SEARCH_SPACE
-from figures import (
-    LOOKS,
-    Row,
-    accounting,
-    ancestry,
-    binary_loss,
-    compare,
-    draw_run,
-    epochs_to_pass,
-    evolved_values,
-    fittest,
-    group,
-    load_run,
-    looks,
-    main,
-    paired_t,
-    table,
-    tables,
-    zoom,
-)
+import figures
+from figures import binary_loss, compare, main, zoom
 from records import RunError
+from tables import epochs_to_pass, group, load_run, paired, tables
 from taylorglo_ext import taylorglo_loss
 
-THETA = {f"theta{i}": float(i) for i in range(8)}
+
+def cells(text):
+    """The cells of all Markdown tables in a text."""
+    return [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line[:1] == "|"]
 
 
-def member(id, generation, accuracy, parent=None, test=None, diverged=False, **hyperparameters):
-    return dict(id=id, generation=generation, hyperparameters=hyperparameters, parent=parent, mate=None, teacher=None,
-                fitness=accuracy, test_accuracy=accuracy if test is None else test, loss=1.0, diverged=diverged,
-                elite=False)
+def printed(folders, *references):
+    return tables(group(list(map(load_run, folders))), references)
 
 
-def write(folder, log, **settings):
-    """The files of a run: log is a list of populations."""
-    settings = {"dataset": "digits", "generations": len(log), "epochs": 2, "seed": 1, "device": "cpu", **settings}
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(Config(**settings).resolved().identity()))
-    lines = [json.dumps({"generation": g, "population": population}) + "\n" for g, population in enumerate(log)]
-    (folder / "log.jsonl").write_text("".join(lines))
-    (folder / "timing.jsonl").write_text("".join(json.dumps({"generation": g, "seconds": 1800.0}) + "\n"
-                                                 for g in range(len(log))))
-    return folder
-
-
-def alone(*accuracies):
-    """The log of Baseline 1: one network that goes on."""
-    return [[member(g, g, accuracy, parent=g - 1 if g else None)] for g, accuracy in enumerate(accuracies)]
-
-
-def evolved(*accuracies):
-    """A log of EPBT with P = 4 and k = 2: in each generation the first child, of the last one, is the fittest."""
-    def h(i):
-        return {**THETA, "theta2": float(i), "lr_scale": 1.0 + i, "lr_decay": 2.0, "momentum": 0.5 + i / 100}
-
-    log = [[member(i, 0, accuracies[0] - i / 100, **h(i)) for i in range(4)]]
-    for g, accuracy in enumerate(accuracies[1:], 1):
-        elites = sorted(log[-1], key=lambda m: -m["fitness"])[:2]
-        log.append([*elites, *(member(2 * g + i, g, accuracy - (i - 2) / 100, elites[0]["id"], **h(2 * g + i))
-                               for i in (2, 3))])
-    return log
-
-
-def printed(folders):
-    """The tables of runs, without the drawings."""
-    return "\n".join(tables(problem, rows) for problem, rows in group(list(map(load_run, folders))).items())
-
-
-def test_the_fittest_is_chosen_by_fitness_alone_and_is_not_diverged():
-    population = [member(4, 0, 0.9, test=0.1), member(3, 0, 0.9, test=0.2), member(2, 0, 0.5, test=0.99),
-                  member(1, 0, 1.0, diverged=True)]
-    assert fittest(population)["id"] == 3
-
-
-def test_ancestry_names_each_ancestor_once_however_long_it_was_an_elite():
-    first, second, third = member(0, 0, 0.5), member(2, 1, 0.6, parent=0), member(5, 3, 0.9, parent=2)
-    log = [[first, member(1, 0, 0.4)], [first, second], [first, second], [second, third]]
-    assert ancestry([dict(generation=g, population=p) for g, p in enumerate(log)]) == [first, second, third]
-
-
-def test_binary_loss_by_hand():
-    # y = 3/4. True class: a = 1/4, b = 0: 1/2 + 1/8 + 1/64. Other class: a = -1/4, b = -1: the same three with their
-    # signs, -1/2 + 1/8 - 1/64, then 3/4 - 1/16 - 1. Together -1/16, and -1/n of it is 1/32.
-    assert binary_loss([1, 0.5, 2, 4, 6, 3, 2, 8], 0.75) == 1 / 32
-    assert binary_loss([0, 0, 0, 0, 0, 1, 0, 0], 0.75) == -0.375  # -1/2 x y
-
-
-def test_binary_loss_is_the_loss_that_trains():
-    theta, y = [0.3, -1.2, 2.5, -0.7, 1.9, 3.1, -2.2, 0.4], 0.8
-    logits = torch.tensor([[math.log(y / (1 - y)), 0.0]], dtype=torch.float64)
-    trained = taylorglo_loss(logits, torch.tensor([0]), torch.tensor(theta, dtype=torch.float64))
-    assert binary_loss(theta, y) == pytest.approx(trained.item(), rel=1e-12)
-
-
-def test_paired_t_by_hand():
-    mean, t, p = paired_t([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert (mean, t) == (2.0, pytest.approx(2 * math.sqrt(3)))
-    assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # Student's distribution with two degrees of freedom
-    assert paired_t([2.0, 3.0], [1.0, 2.0]) == (1.0, None, None)
-
-
-def test_table_is_aligned_markdown():
-    assert table(["a", "n"], [["xyz", 1], ["b", 10]]) == "| a   |  n |\n|-----|---:|\n| xyz |  1 |\n| b   | 10 |"
+@pytest.fixture
+def drawn(monkeypatch):
+    """{name: figure} of what is drawn, in place of files."""
+    found = {}
+    monkeypatch.setattr(figures, "save", lambda some, folder, **_: (
+        folder.mkdir(parents=True, exist_ok=True), found.update(some)))
+    return found
 
 
 @pytest.fixture
@@ -122,215 +44,197 @@ def three_seeds(tmp_path):
     """Baseline 1: 80, 82, 84% in the end; EPBT: 82 (an elite's), 84, 87%. Differences 2, 2, 3."""
     folders = []
     for seed, (theirs, ours) in enumerate([(0.80, 0.81), (0.82, 0.84), (0.84, 0.87)]):
-        folders += [write(tmp_path / f"b{seed}", alone(0.5, 0.6, theirs), method="baseline", seed=seed),
-                    write(tmp_path / f"e{seed}", evolved(0.5, 0.82, ours), population=4, seed=seed)]
+        folders += [write(tmp_path / f"plain-{seed}", alone(0.5, 0.6, theirs), method="baseline"),
+                    write(tmp_path / f"best-decay-{seed}", evolved(0.5, 0.82, ours))]
     return folders
 
 
+@pytest.fixture
+def noise(tmp_path):
+    """Two methods, three seeds each, clean and with 40% wrong labels; wrong labels reproduced."""
+    for share, loss in ((0.0, 0.0), (0.4, 0.2)):
+        for seed in range(3):
+            more = {"memorised": 0.1 + seed / 10} if share else {}
+            write(tmp_path / f"baseline-{share:g}-{seed}", method="baseline", label_noise=share,
+                  log=alone(0.5, 0.9 - loss - seed**2 / 100, **more))
+            write(tmp_path / f"epbt-{share:g}-{seed}", evolved(0.5, 0.9 + seed / 100, **more),
+                  label_noise=share)
+    return sorted(tmp_path.iterdir())
+
+
+def test_nothing_of_training_is_needed():
+    program = ("import sys, figures, report; "
+               "print({'torch', 'config', 'training', 'data'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_binary_loss_by_hand():
+    # y = 3/4. True class: a = 1/4, b = 0: 1/2 + 1/8 + 1/64. Other class: a = -1/4, b = -1: the same
+    # three with their signs, -1/2 + 1/8 - 1/64, then 3/4 - 1/16 - 1. Together -1/16; -1/n of it.
+    assert binary_loss([1, 0.5, 2, 4, 6, 3, 2, 8], 0.75) == 1 / 32
+    assert binary_loss([0, 0, 0, 0, 0, 1, 0, 0], 0.75) == -0.375  # -1/2 x y
+
+
+def test_binary_loss_is_the_loss_that_trains():
+    theta, y = [0.3, -1.2, 2.5, -0.7, 1.9, 3.1, -2.2, 0.4], 0.8
+    logits = torch.tensor([[np.log(y / (1 - y)), 0.0]], dtype=torch.float64)
+    trained = taylorglo_loss(logits, torch.tensor([0]), torch.tensor(theta, dtype=torch.float64))
+    assert binary_loss(theta, y) == pytest.approx(trained.item(), rel=1e-12)
+
+
 def test_tables_by_hand(three_seeds):
-    text = printed(three_seeds)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert ["Baseline 1", "82.00 (2.00)", "3"] in lines
-    assert ["EPBT", "84.33 (2.52)", "3"] in lines
-    assert ["EPBT - Baseline 1", "+2.33", "3", "+7.00", "0.020"] in lines
-    assert ["Baseline 1", "-"] not in lines and ["Baseline 1", "6"] in lines  # Table 2: 82% is not above 82%
-    assert ["EPBT", "8", "16", "48", "3.0", "1.5"] in lines  # 4 + 2 + 2 losses of 2 epochs each; of 6 each, in full
-    assert "All runs: population 4, generations 3, epochs 2." in text
+    lines = cells(printed(three_seeds))
+    # t = mean / (sd / sqrt n) = (7/3) / (1/3) = 7; with two degrees of freedom, the two-sided
+    # p is 1 - t / sqrt(2 + t^2) = 0.0198.
+    assert ["best-decay", "84.33 (2.52; 3)", "+2.33, p = 0.020", "16"] in lines
+    assert ["plain", "82.00 (2.00; 3)", "-", "6"] in lines
+    assert ["to pass", "best-decay, of 6"] in lines and ["plain", "6"] in lines
 
 
-def test_table_2_wants_the_mean_above_not_level(tmp_path):
-    write(tmp_path / "b", alone(0.1, 0.75), method="baseline")
-    write(tmp_path / "e", evolved(0.5, 0.75, 0.875), population=4)
-    ours, other = (group([load_run(tmp_path / name)])["digits", "resnet8"][0] for name in "eb")
-    assert epochs_to_pass(ours, other) == 6
-    assert epochs_to_pass(other, ours) is None
+def test_tests_are_over_common_seeds_and_only_where_differences_differ(three_seeds, tmp_path):
+    other = [write(tmp_path / f"other-{seed}", alone(accuracy)) for seed, accuracy in
+             ((1, 0.92), (2, 0.94), (3, 0.1))]
+    (rows,) = group(list(map(load_run, three_seeds + other)))["digits, resnet8"].values()
+    assert paired(rows["other"], rows["plain"]) == "+10.00 over 2 seeds"  # twice 10: no variance
+    assert paired(rows["plain"], rows["plain"]) == "-"
+    lines = cells(printed(three_seeds + other, "best-decay", "plain"))
+    assert lines[0][2:] == ["against best-decay", "against plain", "epochs trained"]
+    assert epochs_to_pass(rows["plain"], rows["other"]) == 6
+    with pytest.raises(RunError, match="no row is called bset, only plain, best-decay, other"):
+        printed(three_seeds + other, "bset")
 
 
-def test_the_paper_stands_beside_its_own_experiments_only(tmp_path):
-    for seed in (1, 2):
-        write(tmp_path / f"p{seed}", evolved(0.5, 0.9), dataset="cifar10", seed=seed)
-        write(tmp_path / f"n{seed}", evolved(0.5, 0.8), dataset="cifar10", seed=seed, novelty="off")
-    lines = printed([tmp_path / name for name in ("n1", "p1", "n2", "p2")]).splitlines()
-    assert lines[6:10] == [
-        "| method             | mean (sd), % | n | paper, n = 5 |",
-        "|--------------------|-------------:|--:|-------------:|",
-        "| EPBT               | 90.00 (0.00) | 2 | 92.79 (0.15) |",
-        "| EPBT (novelty off) | 80.00 (0.00) | 2 |            - |"]
-    assert "| EPBT (novelty off) - EPBT | -10.00 |     2 | - | - |" in lines
+def test_wrong_labels_are_columns_of_one_table_and_lines_of_two_pictures(noise, tmp_path):
+    text = compare(noise, tmp_path / "out")
+    lines = cells(text)
+    assert lines[0] == ["method", "accuracy", "against baseline", "accuracy, 40% wrong labels",
+                        "against baseline", "epochs trained"]
+    assert lines[2][:4] == ["baseline", "88.33 (2.08; 3)", "-", "68.33 (2.08; 3)"]
+    assert lines[3][0] == "epbt" and lines[3][4].startswith("+22.67, p = 0.0")
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"accuracy.png", "noise.png", "memorisation.png", "losses-epbt.png",
+                        "schedule-epbt.png"}
 
 
-def test_accounting_counts_each_individual_once(tmp_path):
-    assert accounting(load_run(write(tmp_path / "e", evolved(0.5, 0.7, 0.8), population=4))) == (8, 16, 48)
-    assert accounting(load_run(write(tmp_path / "b", alone(0.5, 0.7, 0.8), method="baseline"))) == (1, 6, 6)
+def test_what_is_drawn_is_what_the_log_has(noise, tmp_path, drawn):
+    compare(noise, tmp_path / "out")
+    baseline, epbt = (bars[0].get_xydata() for bars in drawn["noise"].axes[0].containers)
+    assert baseline == pytest.approx(np.array([[0, 265 / 3], [40, 205 / 3]]))
+    assert epbt == pytest.approx(np.array([[0, 91], [40, 91]]))
+    ax, *more = drawn["memorisation"].axes  # none for clean labels
+    assert ax.containers[0][0].get_ydata() == pytest.approx([20, 20]) and not more
+    assert ax.get_title() == "digits, resnet8, 40% wrong labels"
+    steps = [list(step.get_data().values) for step in drawn["schedule-epbt"].axes[0].patches]
+    assert steps == [pytest.approx([0.1, 0.2, 4.1, 4.2]), pytest.approx([0.5, 0.5, 0.54, 0.54])]
+    losses = drawn["losses-epbt"].axes  # the ancestry by its applied theta: individuals 0 and 4
+    assert [ax.get_title() for ax in losses[:4]] == ["seed 0", "seed 1", "seed 2", "cross-entropy"]
+    for line, id in zip(losses[0].lines, (0, 4), strict=True):
+        theta, y = [*THETA[:5], 10.0 + id, -10.0 + 2 * id, 0.0], np.array([0.01, 1])
+        loss = binary_loss(theta, y)
+        assert line.get_ydata()[[0, -1]] == pytest.approx(loss - loss[1])
 
 
-def test_schedule_is_that_of_the_best_and_an_elite_keeps_its_own(tmp_path):
-    # Of 4 generations of 2 epochs, decay after 0.5 * 8 = 4. The best of generations 0 and 1 is 0, of 2 and 3 it is 6.
-    run = load_run(write(tmp_path / "e", evolved(0.5, 0.4, 0.8, 0.7), population=4, milestones=(0.5,)))
-    assert [best["id"] for best in run.best] == [0, 0, 6, 6]
-    values = evolved_values(run)
-    assert values["momentum"] == [0.5] * 4 + [0.56] * 4
-    assert values["learning rate"] == pytest.approx([0.1] * 4 + [0.1 * 7 / 2] * 4)
-    assert list(values) == ["learning rate", "momentum"]
+def test_a_results_folder_is_whole_and_the_same_bytes_each_time(three_seeds, tmp_path):
+    out = tmp_path / "results"
+    main(["--out", str(out), "--command", "./run_all.sh x", *map(str, three_seeds)])
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(first) == ["README.md", "accuracy.png", "logs.tar.gz", "losses-best-decay.png",
+                             "runs.csv", "schedule-best-decay.png"]
+    assert first["README.md"].startswith(b"# results\n\nCommand: `./run_all.sh x`. Commit: ")
+    (out / "README.md").write_bytes(b"Mine: \xc3\xa4\n" + first["README.md"])
+    for path in three_seeds:
+        os.utime(path / "log.jsonl", (1, 1))
+    main(["--out", str(out), *map(str, three_seeds)])
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != "README.md"} == {
+        name: data for name, data in first.items() if name != "README.md"}
+    assert (out / "README.md").read_bytes() == b"Mine: \xc3\xa4\n" + first["README.md"]
+    with tarfile.open(out / "logs.tar.gz") as logs:
+        logs.extractall(tmp_path / "again", filter="data")
+    assert printed([tmp_path / "again" / path.name for path in three_seeds]) == printed(three_seeds)
+    assert np.asarray(Image.open(out / "accuracy.png").convert("L")).std() > 10  # not blank
+    with open(out / "runs.csv", encoding="utf-8") as file:
+        run = list(csv.DictReader(file))[1]
+    assert (run["method"], run["seed"], run["test_accuracy"], run["finished"]) == (
+        "best-decay", "0", "0.82", "True")
+    assert [run[x] for x in ("tried", "epochs_trained", "full_training")] == ["8", "16", "48"]
 
 
-@pytest.mark.parametrize("method", ["baseline", "pbt", "random", "epbt"])
-def test_what_is_not_evolved_is_as_the_run_has_it(method, tmp_path):
-    run = load_run(write(tmp_path / "r", alone(0.5), method=method, population=8))
-    fixed = Config(**vars(run.config)).fixed(SimpleNamespace(augmentation=Augmentation()))
-    assert run.fixed == {name: fixed[name] for name in run.fixed}
+@pytest.mark.parametrize("name, settings, words", [
+    ("plain-7", {"epochs": 3}, "differ in epochs"),
+    ("plain-7", {"weight_decay": 0.1}, "differ in weight_decay"),  # which the others lack
+    ("plain-7", {"seed": 0}, None),  # the name does not end in its seed: a row of its own
+    ("x/plain-0", {}, "have the same seed"),
+    ("plain-7", {"viable_init": False, "threads": 2, "data": "1"}, None),
+    ("plain-0.4-7", {"label_noise": 0.4, "epochs": 3}, None),
+])
+def test_runs_of_a_row_differ_in_the_seed_alone(name, settings, words, three_seeds, tmp_path):
+    folders = [*three_seeds, write(tmp_path / name, alone(0.5), **{
+        "method": "baseline", "generations": 3, **settings})]
+    if words is None:
+        assert "Not finished, so not in the tables: plain" in printed(folders)
+    else:
+        with pytest.raises(RunError, match=f"are named as one row, plain, but {words}: "):
+            printed(folders)
 
 
-def test_a_run_draws_its_own_figures_in_its_folder(tmp_path):
-    paths = draw_run(write(tmp_path / "e", evolved(0.5, 0.7, 0.8), population=4))
-    assert [path.name for path in paths] == ["curves.png", "losses.png", "schedule.png"]
-    for path in paths:
-        image = np.asarray(Image.open(path).convert("L"))
-        assert path.stat().st_size < 150_000 and (image < 128).mean() > 0.002 and (image > 250).mean() > 0.5
-        assert "<text" in path.with_suffix(".svg").read_text()
+NAMES = ["a$b", "$x_2$", r"\frac{", "_hidden", "a|b", "%s {0}", "фото", "-", "a\nb", "<b>&amp;",
+         60 * "я", os.fsdecode(b"\xff\xfe")]
+SHOWN = [*NAMES[:8], "a\ufffdb", *NAMES[9:11], "\ufffd\ufffd"]
 
 
-def test_baseline_1_evolves_nothing_and_has_its_curves_alone_the_same_each_time(tmp_path):
-    folder = write(tmp_path / "b", alone(0.5, 0.7), method="baseline")
-    assert draw_run(folder, tmp_path / "x") == [tmp_path / "x" / "curves.png"]
-    assert draw_run(folder, tmp_path / "y") == [tmp_path / "y" / "curves.png"]
-    for name in ("curves.png", "curves.svg"):
-        assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+def test_free_text_is_drawn_as_it_is(tmp_path, drawn, capsys):
+    folders = [write(tmp_path / f"{name}-1", alone(0.5, 0.6)) for name in NAMES]
+    main(["--out", str(tmp_path / NAMES[-1]), *map(str, folders)])
+    rows = [line[0] for line in cells(capsys.readouterr().out.replace(r"\|", "¦"))][2:14]
+    assert rows == [name.replace("|", "¦") for name in SHOWN]
+    assert [text.get_text() for text in drawn["accuracy"].legends[0].get_texts()] == SHOWN
+    drawn["accuracy"].savefig(tmp_path / "x.svg")
 
 
-def test_other_evolved_variables_are_drawn_too(tmp_path):
-    log = [[member(0, 0, 0.5, weight_decay=1e-4, lr_scale=1.0)]]
-    run = load_run(write(tmp_path / "r", log, milestones=(0.9,)))
-    assert evolved_values(run) == {"learning rate": [0.1, 0.1], "weight_decay": [1e-4, 1e-4]}
+@pytest.mark.parametrize("name", [NAMES[1], NAMES[3], NAMES[-2], NAMES[-1]])
+def test_free_text_may_be_anywhere(name, tmp_path):
+    folder = write(tmp_path / f"{name}-1", evolved(0.5, 0.6), dataset=f"/data/{name}", model=name)
+    main([str(folder)])
+    main(["--out", str(tmp_path / name), str(folder)])
+    assert (folder / "losses.svg").exists() and len(list((tmp_path / name).glob("*.png"))) == 3
 
 
-def test_the_zoom_is_on_the_late_part_of_the_curves_that_end_near_the_top():
-    def curve(*mean):
-        return range(5), np.array(mean, dtype=float), np.ones(5)
-
-    near, nearer, far = curve(10, 20, 30, 70, 90), curve(0, 0, 0, 80, 99), curve(0, 0, 0, 10, 20)
-    margin = 0.05 * (100 - 69)
-    assert zoom([near, nearer, far]) == pytest.approx((69 - margin, 100 + margin))
-    assert zoom([near, far]) == pytest.approx((9 - 0.05 * 82, 91 + 0.05 * 82))  # of two, each may be the one to see
-
-
-def test_comparison_draws_and_lists_every_run(three_seeds, tmp_path):
-    text = compare(three_seeds, tmp_path / "out")
-    assert text == printed(three_seeds) == (tmp_path / "out" / "tables.md").read_text()
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
-        "accuracy-digits.png", "losses-digits-resnet8-epbt.png", "schedule-digits-resnet8-epbt.png"]
-    with open(tmp_path / "out" / "runs.csv") as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["method"], line["seed"], line["test_accuracy"], line["epochs"]) for line in lines] == [
-        ("Baseline 1", "0", "0.8", "6"), ("Baseline 1", "1", "0.82", "6"), ("Baseline 1", "2", "0.84", "6"),
-        ("EPBT", "0", "0.82", "6"), ("EPBT", "1", "0.84", "6"), ("EPBT", "2", "0.87", "6")]
-
-
-def test_a_running_run_is_drawn_and_left_out_of_the_tables(three_seeds, tmp_path):
-    running = write(tmp_path / "e9", evolved(0.5), population=4, seed=9, generations=3)
-    draw_run(running)
-    text = printed([*three_seeds, running])
-    assert "84.33 (2.52) | 3 |" in text
-    assert f"Not finished, so not in the tables: {running} (1 of 3 generations)." in text
-    assert "Table 2" not in compare([three_seeds[0], running], tmp_path / "out")  # drawn, as far as it has come
-
-
-def test_a_run_without_a_generation_is_named(three_seeds, tmp_path):
-    begun = write(tmp_path / "begun", [], generations=3)
-    assert f"No generation finished yet: {begun}.\n" in compare([*three_seeds, begun], tmp_path / "out")
-
-
-def test_a_method_has_its_colour_also_where_its_label_tells_settings():
-    rows = [Row("EPBT (preset best)", "epbt", []), Row("Baseline 1", "baseline", []), Row("Baseline 1", "baseline", [])]
-    assert looks(rows) == {"EPBT (preset best)": LOOKS["EPBT"], "Baseline 1": LOOKS["Baseline 1"]}
-    both = looks([*rows, Row("EPBT", "epbt", [])])
-    assert both["EPBT"] == LOOKS["EPBT"] != both["EPBT (preset best)"]
-
-
-def test_a_generation_that_all_diverged_in_is_drawn(tmp_path):
-    dead = [member(i, 0, 0.0, diverged=True, lr_scale=1.0, **THETA) for i in range(2)]
-    assert len(draw_run(write(tmp_path / "e", [dead, dead], population=2))) == 3
-
-
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: None, "no generation"),
-    (lambda folder: (folder / "log.jsonl").write_text("{]"), "log.jsonl"),
-    (lambda folder: (folder / "log.jsonl").write_text('{"generation": 0, "population": [{}]}\n'), "is damaged"),
-    (lambda folder: (folder / "log.jsonl").unlink(), "log.jsonl"),
-    (lambda folder: (folder / "config.json").write_text("{}"), "no dataset and no epochs"),
-    (lambda folder: (folder / "config.json").unlink(), "holds no run"),
-    (lambda folder: (folder / "timing.jsonl").write_text("[]\n"), "is damaged"),
-], ids=["empty", "broken", "other", "no-log", "no-settings", "no-config", "timing"])
-def test_a_folder_that_cannot_be_drawn_is_named_in_one_line(damage, message, tmp_path, capsys):
-    folder = write(tmp_path / "broken", [], generations=3)
-    damage(folder)
+@pytest.mark.parametrize("spoil, words", [
+    (lambda f: (f / "config.json").unlink(), "holds no run"),
+    (lambda f: (f / "config.json").write_text("{"), "damaged|cannot read"),
+    (lambda f: (f / "config.json").write_text("{}"), "damaged"),
+    (lambda f: (f / "log.jsonl").write_text("nonsense\n"), "damaged|cannot read"),
+    (lambda f: (f / "log.jsonl").write_text('{"generation": 0, "population": [{}]}\n'), "damaged"),
+    (lambda f: (f / "log.jsonl").write_text('{"generation": 0, "population": []}\n'), "damaged"),
+    (lambda f: (f / "log.jsonl").write_text(""), "no generation is finished yet"),
+])
+def test_a_folder_without_a_run_is_one_line(spoil, words, tmp_path, capsys):
+    folder = write(tmp_path / "a-1", alone(0.5))
+    spoil(folder)
+    with pytest.raises(RunError, match=words):
+        load_run(folder)
     with pytest.raises(SystemExit) as exit:
         main([str(folder)])
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and error.count("\n") == 1 and str(folder) in error and message in error
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and "a-1" in lines[0]
 
 
-def test_the_same_seed_twice_is_no_repetition(tmp_path):
-    for name in "ab":
-        write(tmp_path / name, alone(0.5), method="baseline")
-    with pytest.raises(RunError, match="same experiment"):
-        compare([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+OLD = [[{key: m[key] for key in m.keys() - {"applied"}} for m in line] for line in evolved(0.5)]
+PBT = [[member(0, 0, 0.5, hyperparameters={"lr_scale": 1.0}), member(1, 0, 0.4)]]
+DIVERGED = [[member(0, 0, 0.0, diverged=True, hyperparameters={"lr_scale": 9.0},
+                    applied={"learning_rate": [0.9]})]]  # after one epoch of two
 
 
-def test_data_sets_of_one_name_are_told_apart(tmp_path):
-    folders = [write(tmp_path / f"{i}", evolved(0.5), population=4, dataset=dataset, seed=seed)
-               for i, (dataset, seed) in enumerate([("a/pets", 1), ("a/pets/", 2), ("b/pets", 1), ("digits", 1)])]
-    problems = group([load_run(folder) for folder in folders])
-    assert [(dataset, len(rows[0].runs)) for (dataset, _), rows in problems.items()] == [
-        ("a/pets, ? classes", 2), ("b/pets, ? classes", 1), ("digits", 1)]
-    compare(folders, tmp_path / "out")
-    names = sorted(path.stem for path in (tmp_path / "out").glob("accuracy-*.png"))
-    assert names == ["accuracy-a-pets-classes", "accuracy-b-pets-classes", "accuracy-digits"]
+@pytest.mark.parametrize("log, names", [
+    (OLD, {"curves"}), (alone(0.5, 0.6), {"curves"}), (PBT, {"curves", "schedule"}),
+    (DIVERGED, {"curves", "schedule"}), (evolved(0.5), {"curves", "losses", "schedule"})])
+def test_figures_5_and_6_are_drawn_of_what_evolved(log, names, tmp_path, drawn):
+    main([str(write(tmp_path / "a-1", log))])
+    assert drawn.keys() == names
 
 
-def test_names_of_any_script_and_length_make_files_of_their_own(tmp_path):
-    names = ["фото", "рисунки", "фо то", "фо-то", 150 * "я"]
-    compare([write(tmp_path / "runs" / f"{i}", evolved(0.5), population=4, dataset=name) for i, name in enumerate(names)],
-            tmp_path / "out")
-    drawn = {path.stem for path in (tmp_path / "out").glob("*.png")}
-    assert len(drawn) == 3 * len(names) and {"accuracy-фото", "accuracy-фо-то", "accuracy-фо-то-2"} <= drawn
-
-
-def test_labels_say_what_differs_and_only_that(tmp_path):
-    log = evolved(0.5)
-    write(tmp_path / "plain", log, population=4, limit=100)
-    write(tmp_path / "other", log, population=4, limit=100, viable_init=True, milestones=(0.5,))
-    write(tmp_path / "baseline", alone(0.5), method="baseline", limit=100)
-    runs = [load_run(tmp_path / name) for name in ("other", "plain", "baseline")]
-    assert [row.label for row in group(runs)["digits", "resnet8"]] == [
-        "Baseline 1", "EPBT", "EPBT (viable init, milestones 0.5)"]
-
-
-def test_runs_with_another_augmentation_are_told_apart(tmp_path):
-    for name, own in (("plain", {}), ("more", {"augmentation": vars(Augmentation(flip=True, cutout=4))})):
-        space = Config(preset="best", dataset="custom").resolved().search_space(Augmentation(**own.get("augmentation", {})))
-        folder = write(tmp_path / name, evolved(0.5), population=4, dataset="custom", preset="best")
-        own["space"] = [list(vars(v).values()) for v in space]
-        config = json.loads((folder / "config.json").read_text()) | own
-        (folder / "config.json").write_text(json.dumps(config))
-    (rows,) = group([load_run(tmp_path / name) for name in ("more", "plain")]).values()
-    assert [row.label for row in rows] == ["EPBT", "EPBT (augmentation flip True, shift 0, cutout 4)"]
-
-
-def test_runs_that_evolve_other_variables_are_told_apart(tmp_path):
-    for name, extra in (("plain", []), ("more", [["weight_decay", 1e-5, 0.01, True, True]])):
-        folder = write(tmp_path / name, evolved(0.5), population=4)
-        config = json.loads((folder / "config.json").read_text())
-        config["space"] = [list(vars(v).values()) for v in SEARCH_SPACE] + extra
-        (folder / "config.json").write_text(json.dumps(config))
-    rows = group([load_run(tmp_path / name) for name in ("more", "plain")])["digits", "resnet8"]
-    assert [row.label for row in rows] == [
-        "EPBT", "EPBT (evolved theta, lr scale, lr decay, momentum, weight decay 1e-05 to 0.01)"]
-
-
-def test_a_config_of_an_older_version_is_read(tmp_path):
-    folder = write(tmp_path / "r", alone(0.5), method="baseline")
-    config = json.loads((folder / "config.json").read_text())
-    del config["viable_init"]
-    (folder / "config.json").write_text(json.dumps(config | {"gone": 1}))
-    assert "Table 1" in printed([folder])
+def test_the_zoom_leaves_out_what_ends_far_below():
+    low, high = zoom([np.linspace(0, end, 20) for end in (90, 92, 20)])
+    assert 45 < low < 60 and 92 < high < 97
