@@ -16,12 +16,13 @@ import torch
 
 import options
 from baselines import PBT_SPACE
-from data import DATASETS, Augmentation, data_set
+from data import DATASETS, LABEL_NOISE, Augmentation, data_set
 from evolution import search_space
 from models import model_error
 from options import ConfigError, option
 from records import read_config, refuse_differences
 from replay import read_schedule
+from taylorglo_ext import PLAIN_LOSSES
 
 # The paper's protocols (Sec. 4.1 and 4.2), and smaller ones for the data sets that fit a CPU. Any other data, a
 # folder of images, is given CIFAR-10's.
@@ -85,14 +86,19 @@ class Config:
     evolve_cutout: bool | None = option("evolution", None, "evolve the cutout too, up to that of the data set; not in the "
                                         "paper", otherwise=BY_PRESET)
     viable_init: bool = option("evolution", False, "draw initial losses again that train backwards; not in the paper")
+    known_losses: int = option("evolution", 0, "so many of the initial losses, learning rates and momenta are known to "
+                               "learn: cross-entropy's second-order expansion under Baseline 1's schedule; 0 is the paper",
+                               low=0)
+    screen: int = option("evolution", 1, "S: of S*P initial individuals the P fittest after one epoch go on; 1 is the "
+                         "paper", low=1, high=100)
     novelty: str = option("novelty", "pulsation", "Novelty Selection: off for p generations and on for p, on in one of "
                           "p, always, or never, Sec. 2.5, 3.4", choices=("pulsation", "one-in-p", "always", "off"))
     pulsation_period: int = option("novelty", 5, "p, in generations, Sec. 3.4", low=1)
     novelty_candidates: int | None = option("novelty", None, "m, of how many of the fittest the k most novel become "
                                             "elites, Sec. 3.4", low=1, otherwise="3k/2")
     behaviour_images: int = option("novelty", 400, "N, validation images on which novelty is measured, Sec. 3.4", low=1)
-    loss: str = option("loss", "taylorglo", "taylorglo (evolved, Eq. 2) or cross-entropy (the ablation)",
-                       choices=("taylorglo", "cross-entropy"))
+    loss: str = option("loss", "taylorglo", "taylorglo (evolved by epbt, Eq. 2; else cross-entropy), or one that is not "
+                       "evolved", choices=("taylorglo", *PLAIN_LOSSES))
     distillation: float | None = option("loss", None, "alpha in the last generation, rising from 0, Eq. 3; 0: off; 0.8 "
                                         "is that of the paper's [23]", low=0, high=1, otherwise="0.8, with --preset best 0")
     normalize_loss: bool = option("loss", False, "scale each loss so that its first step is as large as that of "
@@ -117,6 +123,12 @@ class Config:
                                     otherwise=BY_DATA)
     enlarge: int | None = option("data", None, "augmented copies of each of them, Sec. 4.1", low=1, high=1000,
                                  otherwise=BY_DATA)
+    label_noise: float = option("data", 0.0, "the share of the training and validation labels that are made wrong", low=0,
+                                below=1)
+    label_noise_kind: str = option("data", "uniform", "wrong labels are any other class, or the next one",
+                                   choices=LABEL_NOISE)
+    early_stopping: bool = option("data", False, "with --method baseline: hold out the validation images, and deliver the "
+                                  "network of the best generation on them")
     limit: int | None = option("data", None, "use only so many training images", low=2, otherwise="all")
     image_size: int = option("data", 32, "side in pixels to which the images of a folder are resized", low=8,
                              high=2048)
@@ -205,6 +217,12 @@ class Config:
                          f"{self.population}")
         if self.preset != "paper" and self.method != "epbt":
             lines.append(f"--preset {self.preset} is for --method epbt, not {self.method}")
+        if self.known_losses > self.population and self.method == "epbt":
+            lines.append(f"--known-losses must be at most --population ({self.population}), not {self.known_losses}")
+        if self.early_stopping and self.method != "baseline":
+            lines.append(f"--early-stopping is for --method baseline, not {self.method}")
+        if self.screen > 1 and self.method != "epbt":
+            lines.append(f"--screen is for --method epbt, not {self.method}")
         if self.method == "replay" and self.replay is None:
             lines.append("--method replay needs --replay with a finished run's folder or schedule.json")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -227,6 +245,12 @@ class Config:
         """Over about how many epochs average_weights averages: a generation's, in a replay that of the replayed run."""
         return self.epochs if self.replay is None else read_schedule(self.replay).get("average_epochs", self.epochs)
 
+    def plain_loss(self):
+        """The name of the loss of networks for which none is evolved, in a replay that of its schedule."""
+        if self.replay is not None:
+            return read_schedule(self.replay).get("plain_loss", "cross-entropy")
+        return "cross-entropy" if self.loss == "taylorglo" else self.loss
+
     def identity(self):
         """What a resumed run must share: all but the fields that cannot change the result."""
         shared = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("runtime")}
@@ -240,9 +264,14 @@ class Config:
         return 1 if self.population == 1 else self.workers and min(self.workers, self.population)
 
     def evaluations(self):
-        """How many the whole run makes: P + (n - 1)(P - k) for EPBT (Sec. 5.2), P n where elites train on."""
+        """How many the whole run makes: S P + (n - 1)(P - k) for EPBT (Sec. 5.2, where S is 1), P n where all train
+        on."""
         in_a_generation = self.population - (self.elites if self.method == "epbt" else 0)
-        return self.population + (self.generations - 1) * in_a_generation
+        return self.population * self.screen + (self.generations - 1) * in_a_generation
+
+    def trains_on_all(self):
+        """Whether the validation images are trained on as well (Sec. 4.1, Baseline 1)."""
+        return self.method in SINGLE and not self.early_stopping
 
     def search_space(self, augmentation=None):
         """The variables that the method evolves. augmentation: of data that are given to evolve()."""

@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from options import message, nearest
+from options import is_number, message, nearest
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
+SPLIT, ENLARGE, NOISE = (0xDA7A, 0), (0xDA7A, 1), (0xDA7A, 2)  # random streams of a run's seed that nothing else draws from
 # Subfolders that are not classes, if they are all there is.
 SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}
+LABEL_NOISE = ("uniform", "pair")  # see wrong_labels
 HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every run
 NO_DATASETS = (tuple, list, dict, str, torch.Tensor, np.ndarray)  # though they have a length and items
 
@@ -74,6 +75,7 @@ class Data:
     mean: torch.Tensor  # (C,) float32, of the training images, in units of 0..255
     std: torch.Tensor  # (C,) float32, likewise
     augmentation: Augmentation
+    train_clean: torch.Tensor | None = None  # (N,) int64: the labels before label noise; None: there is none
 
     @property
     def num_classes(self):
@@ -94,7 +96,8 @@ class Data:
     def to(self, device):
         """The same data with every tensor on `device`."""
         return replace(self, train=self.train.to(device), validation=self.validation.to(device),
-                       test=self.test.to(device), mean=self.mean.to(device), std=self.std.to(device))
+                       test=self.test.to(device), mean=self.mean.to(device), std=self.std.to(device),
+                       train_clean=None if self.train_clean is None else self.train_clean.to(device))
 
     def digest(self):
         """A fingerprint of every image and label, so that a run is not resumed on other data."""
@@ -330,7 +333,7 @@ def data_set(name, image_size):
 
 
 def load_data(name: str, root=None, seed=0, validation=None, enlarge=None, train_on_all=False, image_size=32,
-              download=False, limit=None) -> Data:
+              download=False, limit=None, label_noise=0.0, label_noise_kind="uniform") -> Data:
     """The data set called `name` (one of DATASETS), or the folder of images at the path `name`.
 
     root: where the published files lie, or are downloaded to; None is $EPBT_DATA or ./data.
@@ -346,11 +349,13 @@ def load_data(name: str, root=None, seed=0, validation=None, enlarge=None, train
     return make_data(train, test, name=name, class_names=class_names, seed=seed,
                      validation=source.validation if validation is None else validation,
                      enlarge=source.enlarge if enlarge is None else enlarge,
-                     augmentation=source.augmentation, train_on_all=train_on_all, limit=limit)
+                     augmentation=source.augmentation, train_on_all=train_on_all, limit=limit,
+                     label_noise=label_noise, label_noise_kind=label_noise_kind)
 
 
 def make_data(train, test, *, name="custom", class_names=None, seed=0, validation=None, enlarge=1,
-              augmentation=None, train_on_all=False, limit=None) -> Data:
+              augmentation=None, train_on_all=False, limit=None, label_noise=0.0,
+              label_noise_kind="uniform") -> Data:
     """Split, enlarge and measure a data set.
 
     train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style torch Dataset of
@@ -360,7 +365,8 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     enlarge: so many augmented copies are made of each validation image (Sec. 4.1); 1 leaves them as they are.
     train_on_all: train on the validation images as well, as Baseline 1 does (Sec. 4.1).
     limit: how many images of `train` are used, validation included; None is all.
-    The split and the copies are functions of `seed`. Raises DataError.
+    label_noise, label_noise_kind: see `wrong_labels`; the labels of the test images stay as they are.
+    The split, the copies and the wrong labels are functions of `seed`. Raises DataError.
     """
     listed, of_test = (getattr(source, "classes", None) for source in (train, test))
     if isinstance(listed, list | tuple):
@@ -377,9 +383,14 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     validation = max(1, limit // 10) if validation is None else validation
     augmentation = augmentation or Augmentation()
     check(train, test, len(class_names), validation, limit, enlarge, augmentation)
+    check_noise(label_noise, label_noise_kind)
 
     order = torch.from_numpy(np.random.default_rng((seed, *SPLIT)).permutation(len(train)))[:limit]
     held_out, rest = order[:validation], order if train_on_all else order[validation:]
+    clean = train.labels
+    if label_noise:
+        rng = np.random.default_rng((seed, *NOISE))
+        train = replace(train, labels=wrong_labels(clean, order, label_noise, label_noise_kind, len(class_names), rng))
     mean, std = pixel_statistics(train.images, rest)
     validation_set = ImageSet(pad(train.images[held_out], 0), train.labels[held_out])
     if enlarge > 1:
@@ -387,7 +398,19 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
         validation_set = enlarged(validation_set, enlarge, augmentation, mean, std, rng)
     train_set = ImageSet(pad(train.images[rest], augmentation.shift), train.labels[rest])
     test_set = ImageSet(pad(test.images, 0), test.labels)
-    return Data(name, class_names, train_set, validation_set, test_set, mean, std, augmentation)
+    return Data(name, class_names, train_set, validation_set, test_set, mean, std, augmentation,
+                clean[rest] if label_noise else None)
+
+
+def wrong_labels(labels, used, share, kind, num_classes, rng):
+    """labels (N,) in which a share of those at the indices `used`, to within half a label, is another class.
+
+    kind: 'uniform', each of the other classes equally often, or 'pair', the next class (after the last, the first)."""
+    wrong = used[torch.from_numpy(rng.permutation(len(used))[:round(share * len(used))])]
+    further = rng.integers(1, num_classes, len(wrong)) if kind == "uniform" else np.ones(len(wrong), dtype=np.int64)
+    labels = labels.clone()
+    labels[wrong] = (labels[wrong] + torch.from_numpy(further)) % num_classes
+    return labels
 
 
 def check(train, test, num_classes, validation, limit, enlarge, augmentation):
@@ -412,6 +435,13 @@ def check(train, test, num_classes, validation, limit, enlarge, augmentation):
         raise DataError(f"--validation must be 1 to {limit - 1} of the {limit} training images in use, not {validation}")
     if enlarge < 1:
         raise DataError(f"--enlarge must be at least 1, not {enlarge}")
+
+
+def check_noise(share, kind):
+    if not is_number(share) or not 0 <= share < 1:
+        raise DataError(f"--label-noise must be a share of at least 0 and below 1, not {share!r}")
+    if kind not in LABEL_NOISE:
+        raise DataError(f"--label-noise-kind must be one of {', '.join(LABEL_NOISE)}, not {kind!r}")
 
 
 def pixel_statistics(images, index):

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import taylorglo_ext
 from baselines import independent, pbt
-from config import SINGLE, parse
 from config import Config as Config  # for `from epbt import Config, evolve`
+from config import parse
 from data import Augmentation, Data, DataError, load_data, make_data
 from evolution import (
     Variable,
@@ -32,6 +32,7 @@ from evolution import (
     as_dicts,
     crossover,
     initialize,
+    known_loss,
     mutate,
     pulse,
     random_stream,
@@ -68,8 +69,11 @@ def epbt(config, space, data, workers, run):
         rng = random_stream("evolution", config.seed, g)
         alive = [m for m in M if not m.diverged]
         if not alive:  # Sec. 3.2, Initialization; paper: unspecified: again, should a whole generation have diverged
-            h = initialize(space, config.population, rng, data.num_classes if config.viable_init else None)
-            elites, N = [], newborn(M, g, as_dicts(space, h))
+            known = {**config.fixed(data), **known_loss(data.num_classes)}
+            h = initialize(space, config.population * (1 if M else config.screen), rng,
+                           data.num_classes if config.viable_init else None, known, config.known_losses)
+            elites, N = [], newborn(M, g, as_dicts(space, h), config)
+            N = N if M or config.screen == 1 else workers.screen(N, config.population)
             teacher, alpha = None, 0.0
         else:
             fitness = np.array([m.fitness for m in alive])
@@ -82,7 +86,7 @@ def epbt(config, space, data, workers, run):
             # Step 2b: the children. Each inherits its parent's weights, BatchNorm statistics and momentum.
             alpha = config.distillation * g / (config.generations - 1)
             teacher = fittest(alive) if alpha else None
-            N = newborn(M, g, as_dicts(space, h), parents, mates, teacher)
+            N = newborn(M, g, as_dicts(space, h), config, parents, mates, teacher)
             # Step 3b: preserve the top k of M_g as they are, or with Novelty Selection the most novel of the top m.
             novel = pulse(g, config.pulsation_period, config.novelty)
             top = select_elites(fitness, np.stack([m.correct for m in alive]), k, config.novelty_candidates,
@@ -96,9 +100,9 @@ def epbt(config, space, data, workers, run):
         yield g, M
 
 
-def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
-    """Unevaluated individuals, numbered on from the population M."""
-    first = 1 + max((m.id for m in M), default=-1)
+def newborn(M, g, hyperparameters, config, parents=(), mates=(), teacher=None):
+    """Unevaluated individuals, numbered on from the population M, and from all that were screened before it."""
+    first = max(1 + max(m.id for m in M), config.screen * config.population) if M else 0
     N = [Individual(first + i, g, h, teacher=teacher and teacher.id) for i, h in enumerate(hyperparameters)]
     for child, parent, mate in zip(N, parents, mates, strict=False):  # none for fresh ones
         child.parent, child.mate = parent.id, None if mate < 0 else parents[mate].id
@@ -161,7 +165,8 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
 
 def make_job(config, data):
     """What all evaluations of a resolved config have in common."""
-    own = dict(data=data, fixed=config.fixed(data), average_epochs=config.average_epochs())
+    own = dict(data=data, fixed=config.fixed(data), average_epochs=config.average_epochs(),
+               plain_loss=config.plain_loss())
     return Job(**own, **{f.name: getattr(config, f.name) for f in fields(Job) if f.name not in own})
 
 
@@ -190,8 +195,8 @@ def checked_space(space):
 
 def read_data(config, train, test, augmentation=None):
     """The data of a run; networks that stand alone train on the validation images as well (Sec. 4.1, Baseline 1)."""
-    shared = dict(seed=config.seed, validation=config.validation, train_on_all=config.method in SINGLE,
-                  limit=config.limit)
+    shared = dict(seed=config.seed, validation=config.validation, train_on_all=config.trains_on_all(),
+                  limit=config.limit, label_noise=config.label_noise, label_noise_kind=config.label_noise_kind)
     if train is not None or test is not None:
         return make_data(train, test, enlarge=config.enlarge or 1, augmentation=augmentation, **shared)
     if augmentation is not None:
@@ -222,9 +227,11 @@ def finish(config, folder, job):
     """Write the schedule, the summary, the report and best.pt, and return the Outcome."""
     best, data = fittest(folder.population), job.data
     plan = schedule(config, job, folder.read_log())
+    unfinished = (config.screen - 1) * config.population  # losses that were screened out after one epoch
+    epochs = (folder.evaluated() - unfinished) * config.epochs + unfinished
     summary = dict(method=config.method, dataset=config.dataset, model=config.model, seed=config.seed,
                    fitness=best.fitness, test_accuracy=best.test_accuracy, best=best.record(),
-                   evaluations=folder.evaluated(), epochs_trained=folder.evaluated() * config.epochs,
+                   evaluations=folder.evaluated(), epochs_trained=epochs,
                    class_names=data.class_names, pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
     for name, content in ((SCHEDULE, plan), ("summary.json", summary)):
         write_atomic(folder.path / name, (json.dumps(content, indent=2) + "\n").encode())
@@ -245,7 +252,7 @@ def formula(t):
 
 def print_outcome(config, outcome):
     summary, best, h = outcome.summary, outcome.summary["best"], outcome.summary["best"]["hyperparameters"]
-    on = " (on images it was trained on)" if config.method in SINGLE else ""
+    on = " (on images it was trained on)" if config.trains_on_all() else ""
     print(f"\nbest individual {best['id']}: fitness {best['fitness']:.4f}{on}, test accuracy {best['test_accuracy']:.4f}")
     if best["diverged"]:
         print("every network diverged: its weights are not finite; a lower --learning-rate may help")

@@ -24,9 +24,9 @@ def message(error):
 
 
 def option(group, default, help, **facts):
-    """A field that is an option. facts: choices; the bounds low and high (inclusive) and above (exclusive); otherwise (in
-    words, what None stands for); runtime (True where the value cannot change the result, so that a resumed run may have
-    another)."""
+    """A field that is an option. facts: choices; the bounds low and high (inclusive), above and below (exclusive);
+    otherwise (in words, what None stands for); runtime (True where the value cannot change the result, so that a
+    resumed run may have another)."""
     return field(default=default, metadata={"group": group, "help": help, **facts})
 
 
@@ -74,7 +74,8 @@ def is_number(x):
 
 
 BOUNDS = (("low", "at least", lambda x, bound: x >= bound), ("above", "above", lambda x, bound: x > bound),
-          ("high", "at most", lambda x, bound: x <= bound))
+          ("high", "at most", lambda x, bound: x <= bound),
+          ("below", "below", lambda x, bound: x < bound))
 
 
 class Parser(argparse.ArgumentParser):

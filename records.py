@@ -197,6 +197,7 @@ class RunFolder:
         self.path = Path(path)
         self.individuals = self.path / "individuals"
         self.config, self.log, self.timing = json.dumps(config, indent=2) + "\n", "", ""
+        self.candidates = config.get("screen", 1) * config.get("population", 0)
         with one_line(f"write to {self.path}"):
             if not (overwrite or begun(self.path)) and (foreign := self._for_people()):
                 raise RunError(f"{self.path} holds {foreign[0].name}, and no run: choose another --out, or have it "
@@ -283,8 +284,10 @@ class RunFolder:
         self.generations, self.population = generation + 1, population
 
     def evaluated(self):
-        """How many individuals the completed generations have trained. Ids are given out in order from 0."""
-        return 1 + max((individual.id for individual in self.population), default=-1)
+        """How many individuals the completed generations have trained. Ids are given out in order from 0; of the initial
+        ones the highest may not have passed --screen."""
+        highest = max((individual.id for individual in self.population), default=-1)
+        return max(1 + highest, self.candidates if self.population else 0)
 
     def read_log(self):
         """The completed generations: the lines of the log as dicts."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from options import is_number
 from records import Individual, RunError, fittest
+from taylorglo_ext import PLAIN_LOSSES
 from training import learning_rate, scaled_theta
 
 SCHEDULE = "schedule.json"
@@ -26,10 +27,11 @@ def ancestry(log):
 
 
 def schedule(config, job, log):
-    """The winner's schedule: {"dataset", "image_size": the lesser of height and width in pixels, "model", "batch_size",
-    "add_cross_entropy": whether it is added to each loss, "average_weights": whether the running mean of the weights is
-    what counts, "average_epochs": over about how many, "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout",
-    "theta": eight numbers, or None for cross-entropy}, ...]}. taylorglo_ext.losses makes losses of it."""
+    """The winner's schedule: {"dataset", "image_size": the lesser of height and width in pixels, "model",
+    "batch_size", "add_cross_entropy": whether it is added to each loss, "plain_loss": the name of the loss where theta
+    is None, "average_weights": whether the running mean of the weights is what counts, "average_epochs": over about how
+    many, "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout", "theta": eight numbers, or None}, ...]}.
+    taylorglo_ext.losses makes losses of it."""
     epochs = []
     for ancestor in ancestry(log):
         h = {**job.fixed, **ancestor["hyperparameters"]}
@@ -39,7 +41,8 @@ def schedule(config, job, log):
                    for e in range(job.epochs)]
     return dict(dataset=config.dataset, image_size=min(job.data.height, job.data.width), model=config.model,
                 batch_size=config.batch_size, add_cross_entropy=job.add_cross_entropy,
-                average_weights=job.average_weights, average_epochs=job.average_epochs, epochs=epochs)
+                plain_loss=job.plain_loss, average_weights=job.average_weights,
+                average_epochs=job.average_epochs, epochs=epochs)
 
 
 def read_schedule(path):
@@ -53,6 +56,8 @@ def read_schedule(path):
         for name, value in (("batch_size", found["batch_size"]), *((n, found.get(n, 1)) for n in LATER)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is not a whole number from 1 on")
+        if found.get("plain_loss", "cross-entropy") not in PLAIN_LOSSES:
+            raise ValueError(f"plain_loss is none of {', '.join(PLAIN_LOSSES)}")
         for epoch in found["epochs"]:
             theta = epoch["theta"]
             numbers = [*(epoch[name] for name in NUMBERS), *(theta or [])]

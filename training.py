@@ -20,7 +20,7 @@ from evolution import first_step, random_stream
 from models import make_model, random_states, random_states_kept, seed_numpy_and_python, set_random_states
 from options import message
 from records import Individual, RunError, finite_or_none, load_individual, save_individual
-from taylorglo_ext import TaylorGLOLoss, distilled_cross_entropy
+from taylorglo_ext import PLAIN_LOSSES, TaylorGLOLoss
 
 EVALUATION_BATCH = 500  # at most
 STEPS_A_TURN = 8  # that a slot takes before the next slot of the same device has its turn
@@ -42,6 +42,7 @@ class Job:
     learning_rate: float  # at scale 1, before any decay
     milestones: tuple[float, ...]  # fractions of the run after which the learning rate decays
     fixed: dict[str, float]  # hyperparameters that are not evolved
+    plain_loss: str  # of taylorglo_ext.PLAIN_LOSSES, for networks without theta
     normalize_loss: bool  # see scaled_theta
     add_cross_entropy: bool  # to Eq. 2: not in the paper
     average_weights: bool  # see Trainer.scored_network; not in the paper
@@ -66,6 +67,7 @@ class Task:
     parent: Path | None
     teacher: Path | None
     alpha: float
+    epochs: int | None = None  # None: a whole generation
 
 
 class Network:
@@ -211,7 +213,7 @@ class Trainer:
         seed_numpy_and_python(seed)
         self._set("alpha", task.alpha)
         self._load(task)
-        individual.loss = finite_or_none((yield from self._train(step, individual.generation, h, rng)))
+        individual.loss = finite_or_none((yield from self._train(step, task, h, rng)))
         yield from self._score(individual)
         save_individual(task.path, individual, torch.cat([n.state for n in self.networks]).cpu().numpy())
         yield individual
@@ -298,13 +300,13 @@ class Trainer:
             self.teacher.load(scored(load_individual(task.teacher)[1], self.job))
         self.teacher_path = task.teacher
 
-    def _train(self, step, generation, h, rng):
+    def _train(self, step, task, h, rng):
         """SGD for one generation, ended by the first epoch whose mean loss is not finite. Returns the mean loss of the last
         epoch trained."""
-        loss = float("nan")
-        for epoch in range(self.job.epochs):
+        loss, first = float("nan"), task.individual.generation * self.job.epochs
+        for epoch in range(task.epochs or self.job.epochs):
             # paper: unspecified: the clock is the generation's, also for the child of an old elite.
-            self._set("learning_rate", learning_rate(h, generation * self.job.epochs + epoch, self.job))
+            self._set("learning_rate", learning_rate(h, first + epoch, self.job))
             loss = yield from self.train_epoch(step, rng)
             if finite_or_none(loss) is None:
                 break
@@ -355,10 +357,10 @@ class Trainer:
             return network.model(images).float()
 
     def _loss(self, logits, labels, teacher_logits):
-        """Eq. 2 with Eq. 3 inside, or cross-entropy where theta is not among the hyperparameters, or their sum."""
+        """Eq. 2 with Eq. 3 inside; a plain loss where theta is not among the hyperparameters."""
         alpha = None if teacher_logits is None else self.scalars["alpha"]
         if not self.loss_is_taylorglo:
-            return distilled_cross_entropy(logits, labels, teacher_logits, alpha)
+            return PLAIN_LOSSES[self.job.plain_loss](logits, labels, teacher_logits, alpha)
         return self.taylorglo(logits, labels, teacher_logits, alpha)
 
     def _score(self, individual):

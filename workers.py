@@ -25,7 +25,7 @@ from multiprocessing import connection, forkserver, parent_process
 import torch
 import torch.multiprocessing as multiprocessing
 
-from records import RunError
+from records import RunError, rank
 from taylorglo_ext import BackendError
 from training import Task, Trainer, out_of_memory, prepare
 
@@ -57,6 +57,17 @@ class Workers:
             evaluated[individual.id] = individual
             self.progress.update(1)
         return [evaluated[m.id] for m in individuals]
+
+    def screen(self, individuals, n):
+        """The n fittest after one epoch each, in the order of their ids, not yet evaluated. Evaluated, each trains through
+        the same epoch again, to the same bits, and on."""
+        path = self.folder.individual_path
+        tasks = [Task(replace(m), path(m.id).with_suffix(".screened.ckpt"), None, None, 0.0, epochs=1)
+                 for m in individuals]
+        best = sorted(self.pool.run(tasks), key=rank, reverse=True)[:n]
+        self.progress.update(len(individuals) - n)
+        chosen = {m.id for m in best}
+        return [m for m in individuals if m.id in chosen]
 
 
 def make_pool(job, count, backend="processes", address=None):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import Augmentation
 from epbt import METHODS, main
 
 TINY = ("--population 4 --generations 3 --epochs 1 --limit 300 --validation 60 --enlarge 1 --workers 1 --threads 1 "
@@ -66,11 +67,15 @@ def pretend():
             members = [{**m.record(), "elite": any(m is e for e in elites)} for m in population]
             log.append(json.loads(json.dumps({"generation": generation, "population": members})))
 
+        def screen(individuals, n):
+            """The n of the highest ids, for one that screens by nothing else."""
+            return individuals[-n:]
+
         population = [everyone[m["id"]] for m in log[-1]["population"]] if log else []
         folder = SimpleNamespace(generations=len(log), population=population, record=record)
-        workers = SimpleNamespace(evaluate=evaluate)
-        generations = METHODS[config.method](config, config.search_space(), SimpleNamespace(num_classes=10),
-                                             workers, folder)
+        workers = SimpleNamespace(evaluate=evaluate, screen=screen)
+        data = SimpleNamespace(num_classes=10, augmentation=Augmentation())
+        generations = METHODS[config.method](config, config.search_space(), data, workers, folder)
         assert [g for g, _ in generations] == list(range(folder.generations, config.generations))
         return SimpleNamespace(log=log, calls=calls, everyone=everyone)
     return run

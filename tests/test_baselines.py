@@ -130,6 +130,36 @@ def test_random_networks_keep_their_own_rate_and_weights(pretend):
     assert Config(method="random").resolved().fixed(DATA)["lr_decay"] == 5  # under the fixed schedule
 
 
+def test_an_early_stopped_network_trains_on_and_its_best_generation_is_delivered(pretend):
+    result = pretend(Config(method="baseline", early_stopping=True, generations=9, seed=1).resolved())
+    fitness = [result.everyone[g].fitness for g in range(9)]
+    assert len(set(fitness)) < 9  # there are equals
+    for g, line in enumerate(result.log):
+        best = int(np.argmax(fitness[:g + 1]))  # the first of the best
+        assert [m["id"] for m in line["population"]] == sorted({best, g})
+        assert [m["id"] for m in line["population"] if m["elite"]] == [best]
+        assert [m["parent"] for m in line["population"]] == [i - 1 if i else None for i in sorted({best, g})]
+    assert [m.id for calls, *_ in result.calls for m in calls] == list(range(9))
+    stopped = pretend(Config(method="baseline", early_stopping=True, generations=9, seed=1).resolved())
+    stopped.log = stopped.log[:4]
+    again = pretend(Config(method="baseline", early_stopping=True, generations=9, seed=1).resolved(), after=stopped)
+    assert again.log == result.log
+
+
+def test_an_early_stopped_network_does_not_train_on_the_validation_images(run_epbt):
+    stopped, plain = (run_epbt("--method", "baseline", "--label-noise", "0.4", *options) for options in (
+        ("--early-stopping", "--learning-rate", "0.3", "--generations", "6"), ()))
+    summary, log = json.loads((stopped / "summary.json").read_text()), read_log(stopped)
+    fitness = {m["id"]: m["fitness"] for line in log for m in line["population"]}
+    assert len(fitness) == 6
+    assert summary["best"]["id"] == min(i for i, f in fitness.items() if f == max(fitness.values()))
+    schedule = json.loads((stopped / "schedule.json").read_text())
+    assert len(schedule["epochs"]) == summary["best"]["id"] + 1
+    digests = [json.loads((folder / "config.json").read_text())["data"] for folder in (stopped, plain)]
+    assert digests[0] != digests[1]  # the plain one trains on all
+    assert json.loads((plain / "config.json").read_text())["label_noise"] == 0.4
+
+
 def test_baseline_1_is_a_plain_training_loop(run_epbt, one_thread):
     folder = run_epbt("--method", "baseline", "--seed", "3")
 

@@ -254,8 +254,56 @@ def test_a_channel_of_one_colour_becomes_zero():
     assert not normalize(found.test.images, found.mean, found.std).any()
 
 
+# Wrong labels
+
+
+@pytest.mark.parametrize("kind, further", [("uniform", range(1, 10)), ("pair", [1])])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
+def test_a_share_of_the_training_and_validation_labels_becomes_another_class(share, kind, further):
+    plain, found = (custom(n=2000, validation=500, label_noise=s, label_noise_kind=kind) for s in (0, share))
+    clean = torch.cat([plain.train.labels, plain.validation.labels])
+    wrong = (torch.cat([found.train.labels, found.validation.labels]) - clean) % 10
+    assert (wrong > 0).sum() == round(2000 * share)  # in both parts together, and in each about
+    assert (wrong[1500:] > 0).sum().item() == pytest.approx(500 * share, abs=40)
+    seen = torch.bincount(wrong, minlength=10)[1:]
+    expected = [2000 * share / len(further) * (i in further) for i in range(1, 10)]
+    assert seen.tolist() == pytest.approx(expected, abs=50 if kind == "uniform" else 1)
+    assert torch.equal(found.test.labels, plain.test.labels) and torch.equal(found.train.images, plain.train.images)
+    assert plain.train_clean is None
+    assert share == 0 or torch.equal(found.train_clean, plain.train.labels)
+
+
+def test_wrong_labels_depend_on_the_seed_alone():
+    one, all_of_it = (custom(n=500, validation=100, label_noise=0.4, train_on_all=t) for t in (False, True))
+    assert torch.equal(one.validation.labels, all_of_it.validation.labels)
+    assert torch.equal(torch.cat([one.validation.labels, one.train.labels]), all_of_it.train.labels)
+    assert torch.equal(numbers(all_of_it.train, 2) % 10, all_of_it.train_clean)
+    two, other = (custom(seed, n=500, validation=100, label_noise=0.4) for seed in (0, 1))
+    assert torch.equal(one.train.labels, two.train.labels)
+    assert (one.train.labels != one.train_clean).ne(other.train.labels != other.train_clean).any()
+    named = [load_data("digits", label_noise=noise) for noise in (0, 0.25)]
+    assert (named[0].train.labels != named[1].train.labels).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_copies_of_an_image_share_its_wrong_label():
+    found = custom(validation=30, enlarge=3, label_noise=0.5)
+    assert torch.equal(found.validation.labels, custom(validation=30, label_noise=0.5).validation.labels.repeat(3))
+    assert (found.validation.labels[:30] != numbers(custom(validation=30).validation) % 10).sum() > 5
+
+
+@pytest.mark.parametrize("noise, words", [
+    (dict(label_noise=1), "--label-noise must be a share of at least 0 and below 1, not 1"),
+    (dict(label_noise=-0.1), "below 1, not -0.1"), (dict(label_noise=float("nan")), "below 1, not nan"),
+    (dict(label_noise="much"), "below 1, not 'much'"),
+    (dict(label_noise_kind="tree"), "--label-noise-kind must be one of uniform, pair, not 'tree'"),
+])
+def test_noise_that_cannot_be(noise, words):
+    assert words in error_line(custom, **noise)
+
+
 def test_moving():
-    found = custom()
+    found = custom(label_noise=0.5)
+    assert found.to("meta").train_clean.is_meta
     moved = found.to("meta")
     sets = [moved.train, moved.validation, moved.test]
     assert all(t.is_meta for t in [moved.mean, moved.std, *(s.images for s in sets), *(s.labels for s in sets)])

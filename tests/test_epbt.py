@@ -166,6 +166,38 @@ def test_a_run_depends_on_its_seed_alone_and_goes_on_as_if_never_stopped(method,
     assert pretend(config(method=method, seed=1), after=stopped).log == whole.log
 
 
+def test_known_losses_are_the_first_individuals_with_the_schedule_of_baseline_1(pretend):
+    plain, found = (pretend(config(known_losses=n, seed=4)).log[0]["population"] for n in (0, 2))
+    known = [0, 1, 0, 0, 0, 10, -10, 0, 1, 5, 0.9]
+    assert [list(m["hyperparameters"].values()) for m in found[:2]] == [known, known]
+    assert found[2:] == plain[2:]
+    schedule = pretend(config(known_losses=1, loss="cross-entropy")).log[0]["population"][0]["hyperparameters"]
+    assert schedule == {"lr_scale": 1, "lr_decay": 5, "momentum": 0.9}
+
+
+def test_screening_tries_s_times_as_many_initial_individuals(pretend):
+    c = config(screen=3, seed=4)
+    result = pretend(c)
+    check(result.log, 8, 4)
+    assert [m["id"] for m in result.log[0]["population"]] == list(range(16, 24))  # the stand-in keeps the last
+    assert min(m["id"] for m in result.log[1]["population"] if m["generation"] == 1) == 24
+    assert c.evaluations() == 24 + 20 * 4 == 1 + max(result.everyone)
+
+
+def test_the_fittest_after_an_epoch_pass_the_screening_and_train_on(run_epbt):
+    options = ["--epochs", "2", "--label-noise", "0.1", "--lr-decay", "3"]
+    folder = run_epbt(*options, "--screen", "3", "--workers", "2")
+    log, summary = read_log(folder), json.loads((folder / "summary.json").read_text())
+    check(log, 4, 2)
+    assert summary["evaluations"] == 12 + 2 * 2 and summary["epochs_trained"] == 8 + 2 * (16 - 8)
+    # One epoch is what a whole generation of --epochs 1 is: of it, the four best of the same twelve.
+    once = read_log(run_epbt("--population", "12", "--label-noise", "0.1", "--generations", "1", "--milestones", "1"))
+    best = sorted(once[0]["population"], key=lambda m: (-m["fitness"], m["id"]))[:4]
+    passed = log[0]["population"]
+    assert [(m["id"], m["hyperparameters"]) for m in passed] == sorted((m["id"], m["hyperparameters"]) for m in best)
+    assert all(m["parent"] is None and m["generation"] == 0 for m in passed)
+
+
 # A real run.
 
 
@@ -249,6 +281,12 @@ def refused(capsys, arguments):
 
 
 @pytest.mark.parametrize("arguments, words", [
+    ("--label-noise 1", "--label-noise at least 0 below 1 not 1"), ("--label-noise -0.5", "--label-noise -0.5"),
+    ("--label-noise some", "--label-noise 'some'"), ("--label-noise-kind pairs", "--label-noise-kind 'pairs' 'pair'"),
+    ("--loss label-smoothin", "--loss 'label-smoothin' 'label-smoothing' generalized-cross-entropy"),
+    ("--early-stopping", "--early-stopping --method baseline epbt"), ("--screen 0", "--screen at least 1 not 0"),
+    ("--method pbt --screen 2", "--screen --method epbt pbt"),
+    ("--population 4 --known-losses 5", "--known-losses at most --population (4) not 5"),
     ("--dataset cifar100", "'cifar100' 'cifar10' digits fashion svhn folder"),
     ("--model resnet31", "--model 'resnet31' 'resnet32' wrn-16-8 torchvision:NAME"),
     ("--model torchvision:resnet19", "--model 'resnet19' 'resnet18'"),

@@ -17,6 +17,7 @@ from evolution import (
     crossover,
     first_step,
     initialize,
+    known_loss,
     mutate,
     novelty_elites,
     novelty_scores,
@@ -130,6 +131,26 @@ def test_half_of_all_losses_train_backwards_and_none_of_the_viable():
     with pytest.raises(ValueError, match="the search space has hardly any others"):
         initialize(backwards, 5, rng(), viable_for=10)
     assert initialize(SEARCH_SPACE[8:], 5, rng(), viable_for=10).shape == (5, 3)  # where no loss is evolved
+
+
+@pytest.mark.parametrize("classes", [2, 10, 100])
+def test_the_known_loss_is_the_second_order_expansion_of_cross_entropy(classes):
+    theta = torch.tensor(list(known_loss(classes).values()), dtype=torch.float64)
+    logits = torch.randn(7, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64)
+    labels = torch.arange(7) % classes
+    missing = 1 - logits.softmax(1)[torch.arange(7), labels]
+    torch.testing.assert_close(reference_loss(logits, labels, theta), (missing + missing**2 / 2).mean())
+    assert first_step(theta.numpy(), classes) == pytest.approx(2 * classes - 1)
+
+
+def test_so_many_rows_start_from_what_is_known_as_far_as_it_is_evolved():
+    known = {**known_loss(10), "lr_scale": 1.0, "lr_decay": 50.0, "momentum": 0.9, "weight_decay": 0.1}
+    plain, found = initialize(SEARCH_SPACE, 5, rng()), initialize(SEARCH_SPACE, 5, rng(), known=known, copies=2)
+    np.testing.assert_array_equal(found[:2], 2 * [[0, 1, 0, 0, 0, 10, -10, 0, 1, 10, 0.9]])  # the decay is clipped
+    np.testing.assert_array_equal(found[2:], plain[2:])  # the others are as without them
+    narrow = (Variable("theta5", -1, 1, clip=False), Variable("cutout", 0, 8))
+    row = initialize(narrow, 1, rng(), known=known, copies=1)[0]
+    assert row[0] == 10 and row[1] == initialize(narrow, 1, rng())[0, 1]
 
 
 # Step 1: tournament.

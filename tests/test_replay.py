@@ -5,7 +5,9 @@ import json
 import pytest
 
 import epbt
+from records import RunError
 from replay import ancestry, read_schedule
+from taylorglo_ext import label_smoothing, losses
 
 TINY = ["--dataset", "digits", "--limit", "200", "--validation", "40", "--workers", "1", "--loss-backend", "reference",
         "--device", "cpu"]
@@ -109,6 +111,19 @@ def test_a_cutout_keeps_its_share_of_the_image(finished, tmp_path):
     assert cutout_of_the_replay("smaller", found | {"image_size": 32}) == 4
     del found["image_size"]  # as older runs have it
     assert cutout_of_the_replay("unknown", found) == 16
+
+
+def test_a_plain_loss_is_replayed_and_loaded_by_its_name(finished, tmp_path):
+    found = json.loads((finished / "schedule.json").read_text())
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps(found | {"plain_loss": "label-smoothing"}))
+    assert epbt.Config(replay=str(path)).resolved().plain_loss() == "label-smoothing"
+    assert epbt.Config(replay=str(finished)).resolved().plain_loss() == "cross-entropy"
+    epoch = found["epochs"][0] | {"theta": None}
+    assert losses({"plain_loss": "label-smoothing", "epochs": [epoch]}) == [label_smoothing]
+    path.write_text(json.dumps(found | {"plain_loss": "smooth"}))
+    with pytest.raises(RunError, match="plain_loss is none of cross-entropy"):
+        read_schedule(path)
 
 
 SCHEDULE = ('{"model": "resnet8", "batch_size": 8, "epochs": [{"learning_rate": %s, "momentum": 0, "weight_decay": 0, '

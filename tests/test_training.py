@@ -19,6 +19,7 @@ from data import Augmentation, make_data
 from epbt import make_job
 from models import make_model
 from records import Individual, load_individual
+from taylorglo_ext import PLAIN_LOSSES
 from taylorglo_ext.reference import reference_loss
 from training import Network, Task, Trainer, learning_rate, load_state, prepare, scaled_theta
 from workers import finished
@@ -296,6 +297,43 @@ def test_images_left_over_wait_for_the_next_epoch(tmp_path):
 def test_a_batch_larger_than_the_data_is_all_of_it(tmp_path):
     larger, equal = (outcome(Trainer(job(batch_size=size)), task(tmp_path)) for size in (1000, 72))
     assert larger == equal
+
+
+@pytest.mark.parametrize("name, by_hand", [
+    ("cross-entropy", lambda p, x: -(x * p.log()).sum(1)),
+    ("generalized-cross-entropy", lambda p, x: (x * (1 - p**0.7) / 0.7).sum(1)),
+    ("label-smoothing", lambda p, x: -((0.9 * x + 0.1 / p.shape[1]) * p.log()).sum(1)),
+])
+@pytest.mark.parametrize("alpha", [None, 0.3])
+def test_plain_losses_are_their_formulas_with_the_labels_of_eq_3(name, by_hand, alpha):
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, 7, 5, generator=generator, dtype=torch.float64)
+    labels, own, expected = torch.arange(7) % 5, logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    x = F.one_hot(labels, 5).double()
+    x = x if alpha is None else alpha * teacher.softmax(1) + (1 - alpha) * x
+    loss = PLAIN_LOSSES[name](own, labels, None if alpha is None else teacher, alpha)
+    by_formula = by_hand(expected.softmax(1), x).mean()
+    torch.testing.assert_close(loss, by_formula)
+    upstream = torch.randn((), generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad(f, z, upstream)[0] for f, z in ((loss, own), (by_formula, expected))]
+    torch.testing.assert_close(*gradients)
+
+
+def test_generalized_cross_entropy_by_hand():
+    logits = torch.tensor([[2.0, 1.0, 1.0]]).log()  # the probabilities are 1/2, 1/4, 1/4
+    teacher = torch.tensor([[1.0, 1.0, 2.0]]).log()
+    half, quarter = (1 - 0.5**0.7) / 0.7, (1 - 0.25**0.7) / 0.7
+    gce, labels = PLAIN_LOSSES["generalized-cross-entropy"], torch.tensor([0])
+    assert gce(logits, labels).item() == pytest.approx(half)
+    assert gce(logits, labels, teacher, 0.5).item() == pytest.approx(0.625 * half + 0.375 * quarter)
+    hopeless = torch.tensor([[-2e4, 0.0]], requires_grad=True)
+    gce(hopeless, labels).backward()
+    assert (hopeless.grad == 0).all()
+
+
+def test_what_has_no_theta_trains_under_the_plain_loss_of_the_run(tmp_path):
+    found = {loss: outcome(Trainer(job(loss=loss)), task(tmp_path))[2] for loss in ("taylorglo", *PLAIN_LOSSES)}
+    assert found["taylorglo"] == found["cross-entropy"] and len(set(found.values())) == 3
 
 
 @pytest.mark.parametrize("h", [CROSS_ENTROPY, TAYLORGLO], ids=["cross-entropy", "taylorglo"])
