@@ -22,6 +22,11 @@ class Augmentation:
             raise DataError("flip must be True or False, shift and cutout whole numbers of pixels from 0 "
                             f"on, not {self!r}")
 
+    def spec(self):
+        """The text from which `parse_augmentation` makes it."""
+        sizes = (("shift", self.shift), ("cutout", self.cutout))
+        return " ".join(["flip"] * self.flip + [f"{name}={n}" for name, n in sizes if n]) or "none"
+
     def __str__(self):
         words = ["flipped left to right" if self.flip else "not flipped"]
         words += [f"shifted by up to {self.shift} pixels"] * (self.shift > 0)
@@ -30,11 +35,20 @@ class Augmentation:
 
 
 def parse_augmentation(text, size):
-    """The Augmentation of images of so many pixels that a text such as "flip shift" names."""
-    words = set(text.lower().replace(",", " ").split())
-    if words != {"none"} and not set() < words <= {"flip", "shift", "cutout"}:
-        raise DataError(f"--augmentation must be none, or some of flip, shift and cutout, not {text!r}")
-    return Augmentation("flip" in words, size // 8 * ("shift" in words), size // 2 * ("cutout" in words))
+    """The Augmentation that a text such as "flip shift=4 cutout=16" names, or "none". Without a number
+    a shift is an eighth of the images' size in pixels, and a cutout half of it."""
+    found = {}
+    for word in text.lower().replace(",", " ").split():
+        name, _, pixels = word.partition("=")
+        if name not in ("none", "flip", "shift", "cutout") or pixels and (
+                not pixels.isdigit() or name in ("none", "flip")):
+            break
+        found[name] = int(pixels) if pixels else {"shift": size // 8, "cutout": size // 2}.get(name, True)
+    else:
+        if found and (len(found) == 1 or "none" not in found):
+            return Augmentation(**{name: value for name, value in found.items() if name != "none"})
+    raise DataError("--augmentation must be none, or some of flip, shift=PIXELS and cutout=PIXELS, not "
+                    f"{text!r}")
 
 
 def draw_augmentation(augmentation: Augmentation, n, height, width, rng: np.random.Generator):

@@ -64,6 +64,13 @@ class Config:
     """Augmented copies of each validation image."""
     augmentation: str = "flip shift=4 cutout=16"
     """What happens at random to a training image; sizes in pixels; none: nothing."""
+    label_noise: Share = 0.0
+    """The share, below 1, of the training and validation labels that are made wrong."""
+    label_noise_kind: Literal["uniform", "pair"] = "uniform"
+    """Wrong labels are any other class, or the next one."""
+    early_stopping: bool = False
+    """With --method baseline: hold out the validation images, and deliver the network of the best
+    generation on them."""
     limit: CountOrAuto = 0
     """Use only so many training images; 0: all."""
     image_size: Annotated[int, Bounds(8, 2048)] = 32
@@ -105,6 +112,9 @@ class Config:
     """Probability that a variable comes from the mate."""
     theta_range: Annotated[float, Bounds(0, 1e6, above=True)] = 10.0
     """Initial thetas are uniform between minus this and this, Sec. 4.1."""
+    known_losses: CountOrAuto = 0
+    """So many initial individuals start from a loss that is known to learn, under Baseline 1's rates:
+    evolution.known_loss; 0 is the paper."""
     viable_init: bool = False
     """Draw initial losses again that train backwards; not in the paper."""
     high_rates: bool = False
@@ -123,8 +133,8 @@ class Config:
     """N, validation images on which novelty is measured."""
 
     # The loss, Sec. 3.3, and distillation, Sec. 3.5.
-    loss: Literal["taylorglo", "cross-entropy"] = "taylorglo"
-    """taylorglo is Eq. 2, evolved; the baselines then have cross-entropy."""
+    loss: Literal["taylorglo", "cross-entropy", "generalized-cross-entropy", "label-smoothing"] = "taylorglo"
+    """taylorglo is Eq. 2, evolved by epbt, while the others then have cross-entropy."""
     distillation: Share = 0.8
     """alpha of Eq. 3 in the last generation, rising from 0; 0.8 is that of the paper's [23]."""
     normalize_loss: bool = False
@@ -195,9 +205,19 @@ class Config:
         return self.method == "epbt" and self.loss == "taylorglo"
 
     @property
+    def plain_loss(self):
+        """The loss of individuals without theta."""
+        return "cross-entropy" if self.loss == "taylorglo" else self.loss
+
+    @property
     def single(self):
-        """Whether one network trains alone, on the validation images too (Sec. 4.1, Baseline 1)."""
+        """Whether one network trains alone."""
         return self.method in ("baseline", "replay")
+
+    @property
+    def trains_on_all(self):
+        """Whether the validation images are trained on as well (Sec. 4.1, Baseline 1)."""
+        return self.single and not self.early_stopping
 
     def evaluations(self):
         """P + (n - 1)(P - k) for EPBT (Sec. 5.2), P n for the methods in which everyone trains on."""
@@ -288,6 +308,12 @@ def contradictions(c):
                      f"not {c.population}")
     if c.preset == "best" and c.method not in ("epbt", "replay"):
         lines.append(f"--preset {c.preset} is for --method epbt, not {c.method}")
+    if c.known_losses > c.population:
+        lines.append(f"--known-losses must be at most --population ({c.population}), not {c.known_losses}")
+    if c.early_stopping and c.method != "baseline":
+        lines.append(f"--early-stopping is for --method baseline, not {c.method}")
+    if c.label_noise == 1:
+        lines.append("--label-noise must be below 1")
     if (c.method == "replay") != bool(c.replay):
         lines.append("--method replay and --replay FOLDER go together")
     if c.ray_address and c.backend != "ray":

@@ -9,7 +9,6 @@ import hashlib
 import operator
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from published import read_cifar10, read_digits, read_fashion, read_svhn
 __all__ = ["normalize", "read_image_folder"]  # of other files, for those who look for them here
 
 HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every run
-SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
+# Random streams of a run's seed that nothing else draws from.
+SPLIT, ENLARGE, NOISE = (0xDA7A, 0), (0xDA7A, 1), (0xDA7A, 2)
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Data:
     mean: torch.Tensor  # (C,) float32, of the training images, in units of 0..255
     std: torch.Tensor  # (C,) float32, likewise
     augmentation: Augmentation
+    train_clean: torch.Tensor | None = None  # (N,) int64: the labels before label noise; None: there is none
     notes: tuple = ()  # lines of `describe`: what else was done, and what was left out
 
     num_classes = property(lambda self: len(self.class_names))
@@ -86,65 +87,36 @@ class Data:
                 f"{'; '.join(classes)}", f"training images at random: {self.augmentation}", *self.notes]
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """How a data set is read, and its defaults."""
-
-    read: Callable  # (root, download): see the readers
-    size: int  # of its images, in pixels
-    validation: int | None  # training images that are held out for the fitness; None is a tenth
-    enlarge: int  # factor by which augmentation enlarges them
-    augmentation: Augmentation
-
-
-# paper: unspecified (shift and cutout in pixels: here as in [6]; digits and Fashion-MNIST are ours)
-DATASETS = {
-    "digits": DataSet(read_digits, 8, 240, 4, Augmentation(shift=1)),
-    "fashion": DataSet(read_fashion, 28, 5_000, 1, Augmentation(flip=True, shift=2, cutout=8)),
-    "cifar10": DataSet(read_cifar10, 32, 1_250, 20, Augmentation(True, 4, 16)),  # Sec. 4.1
-    "svhn": DataSet(read_svhn, 32, 30_000, 1, Augmentation()),  # Sec. 4.2
-}
+DATASETS = {"digits": read_digits, "fashion": read_fashion, "cifar10": read_cifar10, "svhn": read_svhn}
 CAREFUL = ("a folder's images are not flipped, as an arrow or a letter would become another, and not cut, "
            "as that can hide what decides; where both are safe: --augmentation \"flip shift cutout\"")
 
 
-def data_set(name, image_size, augmentation=None):
-    """One of DATASETS, or the folder of images at the path `name`, resized to image_size x image_size.
-    augmentation: None is the data set's; else a text, see `parse_augmentation`."""
-    if image_size < 8:
-        raise DataError(f"images cannot be resized to {image_size} pixels; 8 is the least")
-    source = DATASETS.get(name) or DataSet(
-        lambda root, download: read_folder(os.path.expanduser(name), image_size), image_size, None, 1,
-        Augmentation(shift=image_size // 8))
-    own = parse_augmentation(augmentation, source.size) if augmentation else source.augmentation
-    return replace(source, augmentation=own)
-
-
-def load_data(name: str, root=None, seed=0, validation=None, enlarge=None, train_on_all=False,
-              image_size=32, download=False, limit=None, augmentation=None) -> Data:
+def load_data(name: str, root="", image_size=32, download=False, augmentation="auto", **settings) -> Data:
     """The data set called `name` (one of DATASETS), or the folder of images at the path `name`.
 
-    root: where the published files lie, or are downloaded to; None is $EPBT_DATA or ./data.
-    image_size, augmentation: as in `data_set`. validation, enlarge: None is the data set's default.
-    The others are as in `make_data`. Raises DataError.
+    root: where the published files lie, or are downloaded to; empty: $EPBT_DATA or ./data.
+    image_size: side in pixels to which the images of a folder are resized. augmentation: a text for
+    `parse_augmentation`; "auto": a folder's images are shifted. settings: as in `make_data`.
+    Raises DataError.
     """
     root = Path(os.path.expanduser(root or os.environ.get("EPBT_DATA") or "data"))
     if str(root).startswith("~"):
         raise DataError(f"--data-root {root}: there is no such user")
-    if name not in DATASETS and not os.path.isdir(os.path.expanduser(name)):
+    if name in DATASETS:
+        train, test, class_names, notes = DATASETS[name](root, download)
+    elif os.path.isdir(os.path.expanduser(name)):
+        train, test, class_names, notes = read_folder(os.path.expanduser(name), image_size)
+    else:
         raise DataError(f"no data set or folder is called {name!r}{nearest(name, DATASETS)}; accepted are "
                         f"{', '.join(DATASETS)} and a folder with one subfolder of images per class")
-    source = data_set(name, image_size, augmentation)
-    train, test, class_names, notes = source.read(root, download)
     if test is None:
         train, test = hold_out(*train)
         notes.append("a fifth of each class is held out for the test")
-    if name not in DATASETS and augmentation is None:
-        notes.append(CAREFUL)
-    return make_data(train, test, name=name, class_names=class_names, seed=seed, notes=notes,
-                     validation=source.validation if validation is None else validation,
-                     enlarge=source.enlarge if enlarge is None else enlarge,
-                     augmentation=source.augmentation, train_on_all=train_on_all, limit=limit)
+    if augmentation == "auto" and name not in DATASETS:
+        augmentation, notes = "shift", [*notes, CAREFUL]
+    return make_data(train, test, name=name, class_names=class_names, notes=notes,
+                     augmentation=augmentation, **settings)
 
 
 def hold_out(images, labels):
@@ -166,17 +138,20 @@ def in_shares(labels, order, least):
     return order[np.argsort(np.where(rank < least, 0, share), kind="stable")]
 
 
-def make_data(train, test, *, name="custom", class_names=None, seed=0, validation=None, enlarge=1,
-              augmentation=None, train_on_all=False, limit=None, notes=()) -> Data:
+def make_data(train, test, *, name="custom", class_names=None, seed=0, validation=0.1, enlarge=1,
+              augmentation="auto", train_on_all=False, limit=0, label_noise=0.0,
+              label_noise_kind="uniform", notes=()) -> Data:
     """Split, enlarge and measure a data set.
 
     train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style torch Dataset
         of (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL images.
     class_names: None is the list `classes` of the Dataset, or the labels, which must then be 0, 1, ...
-    validation: how many images of `train` are held out to measure the fitness; None is a tenth.
+    validation: images of `train` that are held out to measure the fitness; below 1, a share of them.
     enlarge: so many augmented copies are made of each validation image (Sec. 4.1); 1 leaves them.
+    augmentation: an Augmentation, or a text for `parse_augmentation`; "auto" is none.
     train_on_all: train on the validation images as well, as Baseline 1 does (Sec. 4.1).
-    limit: how many images of `train` are used, validation included; None is all.
+    limit: how many images of `train` are used, validation included; 0 is all.
+    label_noise, label_noise_kind: see `wrong_labels`; the labels of the test images stay as they are.
     notes: lines that `Data.describe` repeats.
     Every class has its share, and an image at least, of what is trained on and of what is held out.
     The split and the copies are functions of `seed`. Raises DataError.
@@ -188,7 +163,9 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
         class_names = class_names or listed
     notes = list(notes)
     train, test = read_images(train, "training", notes), read_images(test, "test", notes)
-    augmentation = augmentation or Augmentation()
+    if isinstance(augmentation, str):
+        size = min(train.images.shape[2:])
+        augmentation = parse_augmentation(augmentation.replace("auto", "none"), size)
     class_names = check(train, test, class_names, enlarge, augmentation)
     limit, validation = check_split(train.labels, validation, limit)
 
@@ -197,6 +174,11 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     order = in_shares(labels, order, least=2)[:limit]
     order = torch.from_numpy(in_shares(labels, order, least=1))
     held_out, rest = order[:validation], order if train_on_all else order[validation:]
+    clean = train.labels
+    if label_noise:
+        rng = np.random.default_rng((seed, *NOISE))
+        train = replace(train, labels=wrong_labels(clean, order, label_noise, label_noise_kind, len(class_names), rng))
+        notes.append(f"{label_noise:.0%} of the training and validation labels are made wrong ({label_noise_kind})")
     mean, std = pixel_statistics(train.images, rest)
     validation_set = ImageSet(pad(train.images[held_out], 0), train.labels[held_out])
     if enlarge > 1:
@@ -208,7 +190,21 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     train_set = ImageSet(pad(train.images[rest], augmentation.shift), train.labels[rest])
     test_set = ImageSet(pad(test.images, 0), test.labels)
     return Data(name, class_names, train_set, validation_set, test_set, mean, std, augmentation,
-                tuple(notes))
+                clean[rest] if label_noise else None, tuple(notes))
+
+
+def wrong_labels(labels, used, share, kind, num_classes, rng):
+    """labels (N,) in which a share of those at the indices `used`, to within half a label, is another class.
+
+    kind: "uniform", each of the other classes equally often, or "pair", the next class (after the last, the first)."""
+    if not 0 <= share < 1 or kind not in ("uniform", "pair"):
+        raise DataError("--label-noise must be at least 0 and below 1, of the kind uniform or pair, not "
+                        f"{share!r} {kind!r}")
+    wrong = used[torch.from_numpy(rng.permutation(len(used))[:round(share * len(used))])]
+    further = rng.integers(1, num_classes, len(wrong)) if kind == "uniform" else np.ones(len(wrong), dtype=np.int64)
+    labels = labels.clone()
+    labels[wrong] = (labels[wrong] + torch.from_numpy(further)) % num_classes
+    return labels
 
 
 def check(train, test, class_names, enlarge, augmentation):
@@ -239,8 +235,8 @@ def check(train, test, class_names, enlarge, augmentation):
 def check_split(labels, validation, limit):
     """How many images are used and held out. Raises DataError where a class cannot be in each part."""
     n, classes = len(labels), len(labels.unique())
-    limit = n if limit is None else limit
-    validation = max(classes, limit // 10) if validation is None else validation
+    limit = limit or n
+    validation = max(classes, int(limit * validation)) if validation < 1 else int(validation)
     for option, value, low, high in (("limit", limit, 2 * classes, n),
                                      ("validation", validation, classes, limit - classes)):
         if not low <= value <= high:

@@ -27,9 +27,10 @@ import tyro
 from tqdm.auto import tqdm
 
 import taylorglo_ext
+from augmentation import Augmentation
 from baselines import independent, pbt
 from config import Config, check
-from data import Augmentation, Data, load_data, make_data
+from data import Data, load_data, make_data
 from errors import ConfigError, DataError, RunError, message, nearest
 from evolution import (
     Variable,
@@ -37,6 +38,7 @@ from evolution import (
     as_dicts,
     crossover,
     initialize,
+    known_loss,
     mutate,
     pulse,
     random_stream,
@@ -65,7 +67,9 @@ def epbt(config, space, data, workers, run):
         rng = random_stream("evolution", config.seed, g)
         alive = [m for m in M if not m.diverged]
         if not alive:  # Sec. 3.2, Initialization; paper: unspecified: again, should a whole generation have diverged
-            h = initialize(space, config.population, rng, data.num_classes if config.viable_init else None)
+            known = {**config.fixed(), **known_loss(data.num_classes)}
+            h = initialize(space, config.population, rng, data.num_classes if config.viable_init else None, known,
+                           config.known_losses)
             elites, N = [], newborn(M, g, as_dicts(space, h))
             teacher, alpha = None, 0.0
         else:
@@ -128,7 +132,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     if make_model is not None:
         config = replace(config, model=factory_name(make_model))
     if train is not None:
-        config = replace(config, dataset="custom", augmentation=str(augmentation or Augmentation()))
+        config = replace(config, dataset="custom", augmentation=(augmentation or Augmentation()).spec())
     config = settled(config)
     if config.workers != 1 and config.backend == "processes":
         start_server()  # it has imported PyTorch by the time the data is read
@@ -139,6 +143,8 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
 def run(config, train, test, space, report, begin):
     """Carry out a run whose config is settled. begin: when it was called, for the time until it trains."""
     data = read_data(config, train, test)
+    for line in data.describe():
+        report(line)
     space = checked_space(config.search_space(data.augmentation.cutout) if space is None else space)
     config = tried(replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device)), data, report)
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
@@ -219,7 +225,8 @@ def checked_space(space):
 def read_data(config, train, test):
     """The data of a run; networks that stand alone train on the validation images as well (Sec. 4.1, Baseline 1)."""
     shared = dict(seed=config.seed, validation=config.validation, enlarge=config.enlarge, limit=config.limit,
-                  augmentation=config.augmentation, train_on_all=config.single)
+                  augmentation=config.augmentation, train_on_all=config.trains_on_all,
+                  label_noise=config.label_noise, label_noise_kind=config.label_noise_kind)
     if train is not None or test is not None:
         return make_data(train, test, **shared)
     if config.dataset == "custom":
@@ -280,7 +287,7 @@ def formula(t):
 
 def print_outcome(config, outcome):
     summary, best, h = outcome.summary, outcome.summary["best"], outcome.summary["best"]["hyperparameters"]
-    on = " (on images it was trained on)" if config.single else ""
+    on = " (on images it was trained on)" if config.trains_on_all else ""
     print(f"\nbest individual {best['id']}: fitness {best['fitness']:.4f}{on}, test accuracy {best['test_accuracy']:.4f}")
     if best["diverged"]:
         print("every network diverged: its weights are not finite; a lower --learning-rate may help")

@@ -27,15 +27,16 @@ def ancestry(log):
 
 
 def schedule(config, data, log):
-    """The winner's schedule: the fields SHARED of its config, "side" (the lesser of height and width in pixels),
-    "average_epochs" (over about how many the weights are averaged), and "epochs": [{"learning_rate", "momentum",
-    "weight_decay", "cutout", "theta": eight numbers, or None for cross-entropy}, ...]."""
+    """The winner's schedule: the fields SHARED of its config, "plain_loss" (the loss where theta is None), "side" (the
+    lesser of height and width in pixels), "average_epochs" (over about how many the weights are averaged), and
+    "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout", "theta": eight numbers, or None}, ...]."""
     epochs = []
     for ancestor in ancestry(log):
         applied = ancestor["applied"]
         epochs += [{"learning_rate": rate} | {name: applied[name] for name in (*NUMBERS[1:], "theta")}
                    for rate in applied["learning_rate"]]
     return {name: getattr(config, name) for name in SHARED} | {
+        "plain_loss": config.plain_loss,
         "side": min(data.height, data.width), "average_epochs": config.average_weights * config.epochs,
         "epochs": epochs}
 
@@ -52,7 +53,7 @@ def read_schedule(path):
                 raise ValueError("an epoch has a number that is not finite, or a rate below 0")
             if len(numbers) not in (4, 12) or epoch["momentum"] > 1:
                 raise ValueError("an epoch has a momentum above 1, or not eight thetas")
-        if missing := [name for name in (*SHARED, "side", "average_epochs") if name not in found]:
+        if missing := [name for name in (*SHARED, "plain_loss", "side", "average_epochs") if name not in found]:
             raise ValueError(f"{missing[0]} is missing")
         if not found["epochs"]:
             raise ValueError("it has no epoch")
@@ -69,7 +70,7 @@ def replay_config(path):
     found = read_schedule(path)
     return {name: found[name] for name in SHARED} | dict(
         method="replay", replay=str(path), generations=len(found["epochs"]), epochs=1,
-        average_weights=found["average_epochs"], milestones=())
+        average_weights=found["average_epochs"], milestones=(), loss=found["plain_loss"])
 
 
 def replay(config, space, data, workers, run):

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import draw_augmentation, make_batch, normalize
+from augmentation import draw_augmentation, make_batch, normalize
+from data import ImageSet
 from errors import RunError
 from evolution import first_step, random_stream
 from models import make_model, random_states_kept, seed_numpy_and_python
 from records import Individual, finite_or_none, load_individual, save_individual
 from settings import settings
-from taylorglo_ext import TaylorGLOLoss, distilled_cross_entropy
+from taylorglo_ext import PLAIN_LOSSES, TaylorGLOLoss
 
 EVALUATION_BATCH = 500  # at most
 # What training applies: evolved, or Config.fixed's where it is not.
@@ -113,6 +114,12 @@ class Trainer:
         self.alpha, self.total_loss = (torch.zeros((), device=self.device) for _ in range(2))
         self.taylorglo = TaylorGLOLoss(torch.zeros(8), config.add_cross_entropy).to(self.device)
         self.validation, self.test = (Classifier(self, part) for part in (data.validation, data.test))
+        self.mislabelled = None
+        if data.train_clean is not None:
+            wrong = data.train.labels != data.train_clean
+            inner = slice(data.augmentation.shift, -data.augmentation.shift or None)  # without the border of zeros
+            images = data.train.images[wrong][:, :, inner, inner]
+            self.mislabelled = Classifier(self, ImageSet(images, data.train.labels[wrong]))
 
     def evaluate(self, task):
         """Alg. 1, step 3a: train the individual, score it, write its file. Returns it, results filled in."""
@@ -246,9 +253,9 @@ class Trainer:
         return logits.float()
 
     def loss(self, logits, labels, teacher_logits):
-        """Eq. 2 with Eq. 3 inside, or cross-entropy where theta is not among the hyperparameters."""
+        """Eq. 2 with Eq. 3 inside, or a plain loss where theta is not among the hyperparameters."""
         alpha = None if teacher_logits is None else self.alpha
-        loss = self.taylorglo if self.has_theta else distilled_cross_entropy
+        loss = self.taylorglo if self.has_theta else PLAIN_LOSSES[self.config.plain_loss]
         return loss(logits, labels, teacher_logits, alpha)
 
     def sgd(self):
@@ -280,7 +287,9 @@ class Trainer:
         individual.diverged = not finite
         individual.correct = (logits.argmax(1) == self.validation.labels) & finite
         individual.fitness = float(individual.correct.mean())
-        individual.test_accuracy = float((self.test.logits().argmax(1) == self.test.labels).mean())
+        individual.test_accuracy = self.test.accuracy()
+        if self.mislabelled is not None:  # the share of the wrong labels that it has learned by heart
+            individual.scores["memorised"] = self.mislabelled.accuracy()
 
 
 class Classifier:
@@ -300,6 +309,9 @@ class Classifier:
         batch = trainer.laid_out(normalize(images[rows], trainer.data.mean, trainer.data.std))
         self.filled[rows] = trainer.logits(trainer.scored.model, batch)
 
+    def accuracy(self):
+        return float((self.logits().argmax(1) == self.labels).mean())
+
     def logits(self):
         """Of all images, a NumPy array (N, classes) float32."""
         self.trainer.repeat(self.step, self.batches)
@@ -311,7 +323,7 @@ def accuracy(config, data, model):
     with settings(config):
         trainer = Trainer(config, data.to(config.device))
         trainer.scored = Network(model.eval(), trainer.device, config.layout)
-        right = float((trainer.test.logits().argmax(1) == trainer.test.labels).mean())
+        right = trainer.test.accuracy()
         model.cpu()
         return right
 
