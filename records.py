@@ -26,7 +26,7 @@ import numpy as np
 from errors import RunError
 
 FOR_PEOPLE = ("log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json",
-              "report.html", "tensorboard/*", "curves.*", "losses.*", "schedule.*")
+              "report.html", "tensorboard/*", "curves.*g", "losses.*g", "schedule.*g")
 MARK, DIGITS = b"sha256:", 64  # the checksum follows the first mark
 BEHAVIOUR = "individual/correct"  # a tensor beside those of the state
 
