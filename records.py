@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 FOR_PEOPLE = ("log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json",
-              "report.html", "tensorboard/*", "curves.*", "losses.*", "schedule.*")
+              "report.html", "tensorboard/*", "curves.png", "curves.svg", "losses.png",
+              "losses.svg", "schedule.png", "schedule.svg")
 MARK, DIGITS = b"sha256:", 64  # the checksum follows the first mark
 BEHAVIOUR = "individual/correct"  # a tensor beside those of the state
 TRAINED = "individuals/" + 6 * "[0-9]" + "*.safetensors"

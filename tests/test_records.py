@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import signal
 import tempfile
@@ -22,12 +21,9 @@ from tests.soak import can_mount, die_at, small_disk
 CONFIG = {"seed": 0, "learning_rate": 0.1, "milestones": (0.3, 0.6), "generations": 4}
 
 
-# A stand-in for a run: three individuals a generation, one of them an elite, whose "weights" follow
-# from their parents'.
-
-
 def play(path, config=CONFIG, stop=4, **options):
-    """Start or resume a run; returns its log and the states of its last population."""
+    """Start or resume a stand-in for a run: three individuals a generation, one an elite, whose
+    "weights" follow from their parents'. Returns its log and the weights of its last population."""
     run = RunFolder(path, config, **options)
     try:
         if not run.finished:
@@ -94,9 +90,6 @@ def flip(data, at, by=4):
     return data[:at] + bytes([data[at] ^ by]) + data[at + 1:]
 
 
-# Kills
-
-
 def test_a_run_killed_at_any_of_its_calls_resumes_to_the_same_bytes(expected, tmp_path):
     call = 0
     while play_until(call, call % 2, tmp_path / "run"):
@@ -126,20 +119,15 @@ def test_a_run_killed_again_and_again_at_random_instants_ends_in_the_same_bytes(
 def test_a_run_killed_while_it_replaces_another_goes_on_as_one_of_the_two(expected, tmp_path):
     other = {**CONFIG, "learning_rate": 0.2}
     play(tmp_path / "other", other)
-    resumed, call = [], 0
-    while play_until(call, True, tmp_path / "run", overwrite=True):
-        shutil.rmtree(tmp_path / "run")
+    resumed, killed = [], True
+    while killed:
         shutil.copytree(tmp_path / "other", tmp_path / "run")
-        play_until(call, True, tmp_path / "run", overwrite=True)
+        killed = play_until(len(resumed), True, tmp_path / "run", overwrite=True)
         config = records.read_config(tmp_path / "run")
         resumed.append(config["learning_rate"])
-        assert play(tmp_path / "run", config, resume=True)[1] == expected[1]
+        assert play(tmp_path / "run", config, resume=True) == expected
         shutil.rmtree(tmp_path / "run")
-        call += 1
     assert set(resumed) == {0.1, 0.2} and resumed == sorted(resumed, reverse=True)
-
-
-# Starts that fail, runs that ended
 
 
 def test_a_start_that_fails_costs_nothing(expected, tmp_path):
@@ -177,9 +165,6 @@ def test_a_finished_run_is_left_as_it_is(expected, tmp_path):
     run.close()
 
 
-# Damage
-
-
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """A run that was killed in its last generation, one of whose children it had evaluated."""
@@ -210,16 +195,18 @@ def test_any_wrong_byte_and_any_length_is_seen(interrupted, tmp_path):
             else:  # a log that was cut, or whose last line is no longer closed, is a shorter log
                 assert path.name == "log.jsonl" and found == intact[:len(found)] != intact
         path.write_bytes(data)
+    log, config = read_log(tmp_path), records.read_config(tmp_path)
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (tmp_path / "config.json").write_text(json.dumps(config))  # as before checksums
+    assert read_log(tmp_path) == log and records.read_config(tmp_path) == config
 
 
 DAMAGES = {"flipped": lambda data: flip(data, len(data) // 2), "cut": lambda data: data[:-9],
-           "emptied": lambda data: b"", "zeroed": lambda data: bytes(len(data)),
-           "lost": None}
+           "emptied": lambda data: b"", "zeroed": lambda data: bytes(len(data)), "lost": None}
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_run_with_a_damaged_file_ends_in_the_same_bytes_or_names_it(how, interrupted, expected,
-                                                                     tmp_path, capfd):
+def test_a_damaged_file_is_mended_or_named(how, interrupted, expected, tmp_path, capfd):
     mended, named = set(), set()
     for file in [p.relative_to(interrupted) for p in interrupted.rglob("*.*[!k]")]:
         path = tmp_path / "run" / file
@@ -233,11 +220,10 @@ def test_a_run_with_a_damaged_file_ends_in_the_same_bytes_or_names_it(how, inter
             mended.add(file.name)
         except RunError as error:
             assert file.name in str(error) or str(error).endswith("holds no run")
-            assert "\n" not in str(error)
             named.add(file.name)
         shutil.rmtree(tmp_path / "run")
-    elite, lost = "000001.safetensors", {"000005.safetensors", "000006.safetensors"}
-    assert elite in named and "config.json" in named  # nothing is left to make them from
+    lost = {"000005.safetensors", "000006.safetensors"}
+    assert named >= {"000001.safetensors", "config.json"}  # an elite: its parents are gone
     assert mended >= {*lost, "000003.safetensors", "000007.safetensors", "timing.jsonl"}
     assert ("log.jsonl" in mended) == (how != "flipped")
     said = capfd.readouterr().err
@@ -270,13 +256,8 @@ def test_a_torn_line_is_dropped_and_a_wrong_generation_made_again(expected, tmp_
         play(tmp_path, resume=True)
 
 
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("code-was-run",)
-
-
-@pytest.mark.parametrize("payload", [b"", b"no tensors", pickle.dumps(Hostile()), b"[" * 100_000,
-                                     b"\xff" * 8 + b"{}"])
+@pytest.mark.parametrize("payload", [b"", b"no tensors", b"cos\nmkdir\n(S'code-was-run'\ntR.",
+                                     b"[" * 100_000, b"\xff" * 8 + b"{}"])
 def test_a_right_checksum_over_something_else_is_refused(payload, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = len(payload).to_bytes(8, "little") + b"sha256:"
@@ -285,9 +266,6 @@ def test_a_right_checksum_over_something_else_is_refused(payload, tmp_path, monk
     with pytest.raises(records.DamagedFile, match="a is damaged"):
         load_individual(tmp_path / "a")
     assert not (tmp_path / "code-was-run").exists()
-
-
-# What is kept
 
 
 def test_every_kind_of_tensor_comes_back_as_it_was(tmp_path):
@@ -344,29 +322,16 @@ def test_the_individuals_of_the_last_two_generations_are_kept_and_all_that_is_no
     assert all(path.read_text() == "precious" for path in foreign)
 
 
-def test_a_log_without_checksums_is_read_as_it_is(interrupted, tmp_path):
-    log, config = read_log(interrupted), records.read_config(interrupted)
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_log(tmp_path) == log and records.read_config(tmp_path) == config
-
-
-# What is refused, and what the system refuses
-
-
-@pytest.mark.parametrize("name", ["best.pt", "summary.json", "log.jsonl", "curves.png"])
-def test_a_file_that_a_run_would_write_over_is_refused_where_no_run_is(name, tmp_path):
-    (tmp_path / name).write_text("precious")
-    with pytest.raises(RunError, match=f"holds {name}, and no run: choose another --out"):
-        play(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    play(tmp_path, overwrite=True)
-
-
 def test_what_a_folder_holds_decides_what_may_be_done_with_it(tmp_path):
     with pytest.raises(RunError, match="holds no run"):
         RunFolder(tmp_path / "new", CONFIG, resume=True)
     assert not (tmp_path / "new").exists()
+    for name in ("best.pt", "summary.json", "log.jsonl", "curves.png"):
+        (tmp_path / name).write_text("precious")
+        with pytest.raises(RunError, match=f"holds {name}, and no run: choose another --out"):
+            RunFolder(tmp_path, CONFIG)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).unlink()
     play(tmp_path)
     with pytest.raises(RunError, match="already holds a run.*--resume.*--overwrite"):
         RunFolder(tmp_path, CONFIG)
