@@ -47,7 +47,6 @@ from records import (
     checkpoints,
     fittest,
     load_individual,
-    one_line,
     write_atomic,
 )
 from replay import SCHEDULE, replay, schedule
@@ -150,7 +149,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
           tqdm(total=config.evaluations(), initial=folder.evaluated(), unit=" networks", disable=None) as bar,
           closing(make_pool(job, config.slots(), config.backend, config.ray_address)) as pool):
         best, generations = None, METHODS[config.method](config, space, data, Workers(pool, folder, bar), folder)
-        for g, population in watched(generations, config, job, folder) if config.tensorboard else generations:
+        for g, population in watched(generations, folder.path) if config.tensorboard else generations:
             with bar.external_write_mode():
                 line = progress_line(config, g, population, folder.evaluated())
                 report(line) if report else print(line, flush=True)
@@ -230,9 +229,12 @@ def finish(config, folder, job):
         write_atomic(folder.path / name, (json.dumps(content, indent=2) + "\n").encode())
     from report import report  # here, as every worker process imports this module and matplotlib takes its time
 
-    with one_line(f"draw into {folder.path}"):
+    model = write_best(folder, job, best)
+    try:
         report(folder.path)
-    return Outcome(write_best(folder, job, best), data, plan, summary)
+    except RunError as error:  # drawing never costs the result
+        print(f"{error}; all else is saved", file=sys.stderr)
+    return Outcome(model, data, plan, summary)
 
 
 def formula(t):
