@@ -152,7 +152,8 @@ def run(config, train, test, space, report, begin):
     with (closing(RunFolder(config.out, identity, config.resume, config.overwrite)) as folder,
           tqdm(total=config.evaluations(), initial=folder.evaluated(), unit=" networks", disable=None) as bar,
           closing(make_pool(config, data)) as pool):
-        folder.begin()
+        if not folder.finished:
+            folder.begin()
         report(f"ready in {time.perf_counter() - begin:.1f} s")
         generations = METHODS[config.method](config, space, data, Workers(pool, folder, bar), folder)
         for g, population in watched(generations, folder) if config.tensorboard else generations:

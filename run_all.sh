@@ -73,10 +73,12 @@ experiment() {  # experiment NAME OPTIONS: one run a seed
     for seed in $seeds; do run "$scale/$1" "$seed" "${@:2}"; done
 }
 
-draw() {  # draw OUT NAME...: the tables and figures of these experiments
-    local folders=() name seed
-    for name in "${@:2}"; do for seed in $seeds; do folders+=("runs/$scale/$name-$seed"); done; done
-    if [ -z "$dry_run" ]; then $python figures.py --out "figures/$scale${1:+/$1}" "${folders[@]}"; fi
+draw() {  # draw FOLDER NAME...: results/FOLDER with the tables, figures and logs of these experiments
+    local options=() name seed out=$1 command="./run_all.sh $section"
+    if [ "$scale" = small ]; then out=small-$1 command="SCALE=small $command"; fi
+    for name in ${against:-}; do options+=(--reference "$name"); done
+    for name in "${@:2}"; do for seed in $seeds; do options+=("runs/$scale/$name-$seed"); done; done
+    if [ -z "$dry_run" ]; then $python figures.py --out "results/$out" --command "$command" "${options[@]}"; fi
 }
 
 demo() {
@@ -86,35 +88,35 @@ demo() {
     experiment pbt      --method pbt --dataset digits --threads 1
     experiment epbt     --method epbt --dataset digits --threads 1
     experiment best     --method epbt --dataset digits --threads 1 --preset best
-    draw "" baseline pbt epbt best
+    draw demo baseline pbt epbt best
 }
 
-figure2_runs() { for method in baseline pbt epbt; do experiment figure2-$method --method $method $first; done; }
-figure2_names="figure2-baseline figure2-pbt figure2-epbt"
+figure2_runs() { for method in baseline pbt epbt; do experiment figure2/$method --method $method $first; done; }
+figure2_names="figure2/baseline figure2/pbt figure2/epbt"
 figure2() { figure2_runs; draw figure2 $figure2_names; }
 
-figure3_names=$(for model in $wide; do echo figure3-baseline-$model figure3-epbt-$model; done)
+figure3_names=$(for model in $wide; do echo figure3/$model/baseline figure3/$model/epbt; done)
 figure3_runs() {
     local model method
     for model in $wide; do
         for method in baseline epbt; do
-            experiment figure3-$method-$model --method $method $wide_data --model $model
+            experiment figure3/$model/$method --method $method $wide_data --model $model
         done
     done
 }
 figure3() { figure3_runs; draw figure3 $figure3_names; }
 
-figure4_runs() { for method in baseline epbt; do experiment figure4-$method --method $method $second; done; }
-figure4_names="figure4-baseline figure4-epbt"
+figure4_runs() { for method in baseline epbt; do experiment figure4/$method --method $method $second; done; }
+figure4_names="figure4/baseline figure4/epbt"
 figure4() { figure4_runs; draw figure4 $figure4_names; }
 
 tables() { figure2_runs; figure3_runs; figure4_runs; draw "$1" $figure2_names $figure3_names $figure4_names; }
 
-figure5() { experiment figure2-epbt --method epbt $first; draw figure5 figure2-epbt; }
-figure6() { experiment figure2-epbt --method epbt $first; draw figure6 figure2-epbt; }
+figure5() { experiment figure2/epbt --method epbt $first; draw figure5 figure2/epbt; }
+figure6() { experiment figure2/epbt --method epbt $first; draw figure6 figure2/epbt; }
 
 ablations() {
-    experiment figure2-epbt           --method epbt $first
+    experiment figure2/epbt           --method epbt $first
     experiment without-novelty        --method epbt $first --novelty off
     experiment without-pulsation      --method epbt $first --novelty always
     experiment without-distillation   --method epbt $first --distillation 0
@@ -125,7 +127,7 @@ ablations() {
     experiment with-cross-entropy     --method epbt $first --add-cross-entropy
     experiment with-averaged-weights  --method epbt $first --average-weights
     experiment best                   --method epbt $first --preset best
-    draw ablations figure2-epbt without-novelty without-pulsation without-distillation without-crossover \
+    draw ablations figure2/epbt without-novelty without-pulsation without-distillation without-crossover \
         without-taylorglo with-viable-init with-normalized-loss with-cross-entropy with-averaged-weights best
 }
 
@@ -143,11 +145,11 @@ replays() {  # replays NAME RUN OPTIONS: one network by the schedule that each r
 }
 
 practice() {
-    experiment figure2-baseline --method baseline $first
+    experiment figure2/baseline --method baseline $first
     experiment random           --method random $first
     experiment best             --method epbt $first --preset best
     replays replay best $first
-    draw practice figure2-baseline random best replay
+    draw practice figure2/baseline random best replay
 }
 
 fashion_data="--dataset fashion --download --limit 2000 --validation 200 --generations 8 --epochs 3 --precision bfloat16 --threads 1"
@@ -178,7 +180,7 @@ preset() {
     experiment best-last-weights  $best --no-average-weights
     experiment best-decay         $best --milestones 0.3 0.6 0.8
     experiment best-fixed-cutout  $best --no-evolve-cutout
-    draw preset baseline pbt best replay baseline-averaged random-averaged best-cross-entropy best-eq2-alone \
+    against="best baseline" draw preset baseline pbt best replay baseline-averaged random-averaged best-cross-entropy best-eq2-alone \
         best-last-weights best-decay best-fixed-cutout
 }
 
@@ -189,7 +191,7 @@ precision() {
     experiment baseline-float32 --method baseline $fashion_data --precision float32
     experiment best             --method epbt $fashion_data --preset best
     experiment best-float32     --method epbt $fashion_data --preset best --precision float32
-    draw precision baseline baseline-float32 best best-float32
+    against="baseline best" draw precision baseline baseline-float32 best best-float32
 }
 
 digits() {
@@ -199,7 +201,7 @@ digits() {
     experiment epbt     --method epbt $protocol
     experiment best     --method epbt $protocol --preset best
     experiment pbt      --method pbt $protocol
-    draw "" baseline epbt best pbt
+    draw digits baseline epbt best pbt
 }
 
 case $section in
