@@ -18,14 +18,15 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from augmentation import Augmentation, draw_augmentation, make_batch, normalize, parse_augmentation
+from augmentation import Augmentation, draw_augmentation, make_batch, parse_augmentation
+from augmentation import normalize as normalize  # for those who look for it here
 from errors import DataError, nearest, plain, told
-from folders import prepared, progress, read_folder, read_image_folder, refuse_other_classes
+from folders import prepared, progress, read_folder, refuse_other_classes
+from folders import read_image_folder as read_image_folder
 from published import read_cifar10, read_digits, read_fashion, read_svhn
 
-__all__ = ["normalize", "read_image_folder"]  # of other files, for those who look for them here
-
 HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every run
+NO_DATASETS = (tuple, list, dict, str, torch.Tensor, np.ndarray, IterableDataset)  # though with items
 SPLIT, ENLARGE = (0xDA7A, 0), (0xDA7A, 1)  # random streams of a run's seed that nothing else draws from
 
 
@@ -104,8 +105,8 @@ DATASETS = {
     "cifar10": DataSet(read_cifar10, 32, 1_250, 20, Augmentation(True, 4, 16)),  # Sec. 4.1
     "svhn": DataSet(read_svhn, 32, 30_000, 1, Augmentation()),  # Sec. 4.2
 }
-CAREFUL = ("a folder's images are not flipped, as an arrow or a letter would become another, and not cut, "
-           "as that can hide what decides; where both are safe: --augmentation \"flip shift cutout\"")
+CAREFUL = ("no flips, as an arrow or a letter would become another, and no cutout, as it can hide what "
+           "decides; where both are safe: --augmentation \"flip shift cutout\"")
 
 
 def data_set(name, image_size, augmentation=None):
@@ -124,9 +125,8 @@ def load_data(name: str, root=None, seed=0, validation=None, enlarge=None, train
               image_size=32, download=False, limit=None, augmentation=None) -> Data:
     """The data set called `name` (one of DATASETS), or the folder of images at the path `name`.
 
-    root: where the published files lie, or are downloaded to; None is $EPBT_DATA or ./data.
-    image_size, augmentation: as in `data_set`. validation, enlarge: None is the data set's default.
-    The others are as in `make_data`. Raises DataError.
+    root: where the published files are, or are downloaded to; None is $EPBT_DATA or ./data. image_size,
+    augmentation: see `data_set`; the others: see `make_data`, None is the data set's. Raises DataError.
     """
     root = Path(os.path.expanduser(root or os.environ.get("EPBT_DATA") or "data"))
     if str(root).startswith("~"):
@@ -156,8 +156,8 @@ def hold_out(images, labels):
 
 
 def in_shares(labels, order, least):
-    """The indices `order` into labels, arranged so that the first n of them, for every n, have each
-    class in its share, once they have `least` of each; the last of each class come at the end."""
+    """The indices `order` into labels, so arranged that the first n, for every n, have each class in its
+    share after `least` of each; and the last of each class are at the end."""
     order = order[np.argsort(labels[order], kind="stable")]
     _, start, size = np.unique(labels[order], return_index=True, return_counts=True)
     rank = np.arange(len(order)) - np.repeat(start, size)  # within its class
@@ -170,16 +170,14 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
               augmentation=None, train_on_all=False, limit=None, notes=()) -> Data:
     """Split, enlarge and measure a data set.
 
-    train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style torch Dataset
-        of (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL images.
+    train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style Dataset of
+        (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL images.
     class_names: None is the list `classes` of the Dataset, or the labels, which must then be 0, 1, ...
-    validation: how many images of `train` are held out to measure the fitness; None is a tenth.
-    enlarge: so many augmented copies are made of each validation image (Sec. 4.1); 1 leaves them.
-    train_on_all: train on the validation images as well, as Baseline 1 does (Sec. 4.1).
-    limit: how many images of `train` are used, validation included; None is all.
-    notes: lines that `Data.describe` repeats.
-    Every class has its share, and an image at least, of what is trained on and of what is held out.
-    The split and the copies are functions of `seed`. Raises DataError.
+    validation: how many images of `train` are held out for the fitness, of each class its share and
+        at least one; None is a tenth. train_on_all: train on them too, as Baseline 1 does (Sec. 4.1).
+    enlarge: so many augmented copies are made of each of them (Sec. 4.1); 1 leaves them.
+    limit: how many images of `train` are used, of each class its share; None is all.
+    The split and the copies are functions of `seed`. `Data.describe` has the notes. Raises DataError.
     """
     listed, of_test = (getattr(source, "classes", None) for source in (train, test))
     if isinstance(listed, list | tuple):
@@ -215,17 +213,17 @@ def check(train, test, class_names, enlarge, augmentation):
     """The names of the classes as text. Raises DataError for what does not fit together."""
     shape, test_shape = tuple(train.images.shape[1:]), tuple(test.images.shape[1:])
     if shape != test_shape:
-        raise DataError(f"the training images are {shape}, the test images {test_shape} (channels, height, "
-                        "width); they must agree")
+        raise DataError(f"the training images are {shape}, the test images {test_shape} (channels, "
+                        "height, width): they must agree")
     if not isinstance(augmentation, Augmentation) or augmentation.shift >= min(shape[1:]) or enlarge < 1:
-        raise DataError("--enlarge must be 1 or more, and augmentation a data.Augmentation whose shift is "
-                        f"below the height and width of the images, not {enlarge} and {augmentation!r}")
+        raise DataError(f"--enlarge must be 1 or more, not {enlarge}, and augmentation a data.Augmentation "
+                        f"whose shift is below the height and width of images, not {augmentation!r}")
     labels, found = torch.cat([train.labels, test.labels]), len(train.labels.unique())
     names = tuple(map(plain, class_names or range(found)))
     if labels.min() < 0 or labels.max() >= len(names):
         raise DataError(f"the labels are {labels.min()} to {labels.max()}, and {len(names)} classes are "
                         f"{'named' if class_names else 'in the training data'}; accepted are 0 to "
-                        f"{len(names) - 1}, with gaps only where class_names has a name for each number")
+                        f"{len(names) - 1}, with gaps only where class_names has them all")
     counts, tests = (s.labels.bincount(minlength=len(names)).tolist() for s in (train, test))
     rare = [i for i, n in enumerate(counts) if n == 1 or n == 0 and tests[i]]
     if rare:
@@ -244,14 +242,14 @@ def check_split(labels, validation, limit):
     for option, value, low, high in (("limit", limit, 2 * classes, n),
                                      ("validation", validation, classes, limit - classes)):
         if not low <= value <= high:
-            raise DataError(f"--{option} must be {low} to {high}, as there are {n} training images and "
-                            f"each of {classes} classes needs one in training and in validation, not {value}")
+            raise DataError(f"--{option} must be {low} to {high}, so that of {n} images each of {classes} "
+                            f"classes has one in training and in validation, not {value}")
     return limit, validation
 
 
 def pixel_statistics(images, index):
     """Mean and standard deviation per channel, (C,) float32 each, of images[index]."""
-    # Counting the 256 values is exact: the result depends on no order of a sum, and on no threads.
+    # Counting the 256 values is exact, whatever the number of threads.
     channels = [images[index, c].flatten() for c in range(images.shape[1])]
     counts = torch.stack([channel.bincount(minlength=256) for channel in channels])
     share = counts.double() / counts.sum(1, keepdim=True)
@@ -283,22 +281,22 @@ def enlarged(image_set, copies, augmentation, mean, std, rng):
 
 def read_images(source, part, notes):
     """The ImageSet of a source as `make_data` accepts it; `part` names it in errors and in notes."""
+    pair = isinstance(source, tuple | list) and len(source) == 2
+    if not pair and (isinstance(source, NO_DATASETS) or not hasattr(source, "__getitem__")):
+        raise DataError(f"the {part} data are {type(source).__name__}; accepted are a pair (images, labels), "
+                        "and a map-style Dataset of (image, label)")
     with told(f"the {part} data"):
-        if isinstance(source, tuple | list) and len(source) == 2:
+        if pair:
             images, labels = to_uint8(source[0]), as_tensor(source[1])
-        elif all(hasattr(source, name) for name in ("__getitem__", "__len__")) and not isinstance(
-                source, (tuple, list, dict, str, torch.Tensor, np.ndarray, IterableDataset)):
+        else:
             images, labels, done = read_dataset(source)
             notes.extend(f"{n} {part} {what}" for what, n in done.items())
-        else:
-            raise DataError(f"accepted are a pair (images, labels), and a map-style Dataset of (image, "
-                            f"label), not {type(source).__name__}")
         shape, whole = images.shape, not labels.is_floating_point() and not labels.is_complex()
         if images.ndim != 4 or labels.shape != shape[:1] or 0 in shape or not whole or (
                 shape[3] <= 4 < shape[1]):
             raise DataError(f"the shapes are {tuple(shape)} and {tuple(labels.shape)}, the labels "
                             f"{labels.dtype}; accepted are images (N, channels, height, width), not "
-                            "channels last, and labels (N,) that are whole numbers")
+                            "channels last, and whole numbers (N,)")
     return ImageSet(images, labels.long())
 
 
