@@ -110,7 +110,7 @@ noise_runs() {  # noise_runs SHARE OPTIONS: the methods on one data set with a s
     experiment pbt-$share            --method pbt "${options[@]}"
     experiment epbt-$share           --method epbt "${options[@]}"
     experiment epbt-cross-entropy-$share --method epbt "${options[@]}" --loss cross-entropy
-    experiment epbt-published-$share --method epbt "${options[@]}" --known-losses 0
+    experiment epbt-published-$share --method epbt "${options[@]}" --preset paper
     replays replay-$share epbt-$share "${options[@]}"
 }
 noise_rows="baseline early-stopping gce gce-early-stopping label-smoothing pbt epbt epbt-cross-entropy epbt-published replay"
@@ -142,7 +142,7 @@ scale() {
     scale=scale seeds=${SEEDS:-1}
     experiment baseline       --method baseline $data
     experiment epbt           --method epbt $data
-    experiment epbt-published --method epbt $data --known-losses 0
+    experiment epbt-published --method epbt $data --preset paper
     experiment pbt            --method pbt $data
     draw scale baseline pbt epbt epbt-published
 }
