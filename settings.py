@@ -43,7 +43,9 @@ def wanted(config):
     yield torch.get_default_dtype, torch.set_default_dtype, torch.float32
     yield torch.get_default_device, torch.set_default_device, "cpu"
     yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
-    yield (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, config.deterministic)
+    # As torch.use_deterministic_algorithms, which takes a second, as it imports PyTorch's compiler.
+    yield (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode,
+           "error" if config.deterministic else "default")
     yield flushes_denormals, torch.set_flush_denormal, False
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     for owner, name, value in ((cudnn, "enabled", True), (cudnn, "benchmark", not config.deterministic),

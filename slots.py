@@ -65,9 +65,7 @@ class Slot(Trainer):
         if not self.captured:
             return super().sgd()
         learning_rate, momentum, weight_decay = self.rates
-        trained = [(p, p.grad, self.network.momentum[name]) for name, p in self.network.model.named_parameters()
-                   if p.grad is not None]
-        weights, gradients, velocities = map(list, zip(*trained, strict=True))
+        weights, gradients, velocities = self.network.trained()
         if self.kind[-1]:
             gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, weight_decay))
         torch._foreach_mul_(velocities, momentum)

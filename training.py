@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.optim.sgd import sgd
 
 from augmentation import draw_augmentation, make_batch, normalize
 from data import ImageSet
@@ -55,12 +56,10 @@ class Network:
         """Copy a state of the same names, shapes and dtypes into the tensors. Raises RunError."""
         load_tensors(self.tensors(), state)
 
-    def optimizer(self):
-        """torch's SGD, whose momentum buffers are this network's."""
-        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, fused=True)
-        for name, p in self.model.named_parameters():
-            sgd.state[p]["momentum_buffer"] = self.momentum[name]
-        return sgd
+    def trained(self):
+        """The parameters that have a gradient, their gradients and their momentum buffers: three lists."""
+        found = [(p, p.grad, self.momentum[name]) for name, p in self.model.named_parameters() if p.grad is not None]
+        return map(list, zip(*found, strict=True))
 
 
 def named_tensors(model):
@@ -176,7 +175,6 @@ class Trainer:
         for network in filter(None, (self.scored, self.teacher)):  # paper: unspecified: the teacher's mode
             network.model.eval()
         self.network.model.train()
-        self.optimizer = self.network.optimizer()
         self.average = {f"average/{name}": t.detach().clone() for name, t in named_tensors(self.network.model)
                         } if self.config.average_weights else {}
 
@@ -197,7 +195,7 @@ class Trainer:
                 break
 
     def set_rates(self, learning_rate, momentum, weight_decay):
-        self.optimizer.param_groups[0].update(lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+        self.rates = dict(lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
 
     def train_epoch(self, rng):
         """One pass over the training images, in a new order, under new augmentations. Returns the mean loss."""
@@ -258,8 +256,10 @@ class Trainer:
         loss = self.taylorglo if self.has_theta else PLAIN_LOSSES[self.config.plain_loss]
         return loss(logits, labels, teacher_logits, alpha)
 
+    @torch.no_grad()
     def sgd(self):
-        self.optimizer.step()
+        """torch.optim.SGD's step, without its class, which takes a second, as it imports PyTorch's compiler."""
+        sgd(*self.network.trained(), fused=True, dampening=0.0, nesterov=False, maximize=False, **self.rates)
 
     @torch.no_grad()
     def approach(self, weight):

@@ -97,7 +97,8 @@ def refuse_hidden_state(trainer, image_set):
     """Raise Refusal if a new model with the trained one's state_dict does not give the same logits."""
     model, config = trainer.network.model, trainer.config
     delivered = make_model(config.model, trainer.data.num_classes, trainer.data.channels, SEED_OF_ANOTHER)
-    changed = [name for name, value in plain_attributes(model).items() if plain_attributes(delivered).get(name) != value]
+    theirs = plain_attributes(delivered)
+    changed = [name for name, value in plain_attributes(model).items() if theirs.get(name) != value]
     delivered.load_state_dict(model.state_dict())
     logits = []
     for network in (model, delivered):
