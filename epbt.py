@@ -14,7 +14,6 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -49,6 +48,7 @@ from models import factory_name, make_model, model_error
 from records import Individual, RunFolder, begun, fittest, load_individual, read_config, write_atomic
 from replay import SCHEDULE, replay, replay_config, schedule
 from settings import settings
+from stopwatch import Stopwatch, process_age
 from training import HYPERPARAMETERS, accuracy, model_tensors
 from trial import tried
 from watch import watched
@@ -119,34 +119,41 @@ class Outcome:
     summary: dict  # as in summary.json
 
 
-def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None, report=print):
+def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None, report=print,
+           clock=None):
     """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, or with a model and data of your own.
 
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so that worker
     processes find it. train, test: (images, labels) or map-style Datasets, as data.make_data takes them; augmentation: a
     data.Augmentation of these, None is none.
     space: the evolved variables, as (*config.search_space(), Variable("weight_decay", 0, 1e-3)).
-    report: called with each line for people. Raises ConfigError, DataError, RunError and
-    taylorglo_ext.BackendError, whose messages are clear lines."""
-    begin = time.perf_counter()
+    report: called with each line for people. clock: a Stopwatch of what came before. Raises ConfigError, DataError,
+    RunError and taylorglo_ext.BackendError, whose messages are clear lines."""
+    clock = clock or Stopwatch()
     if make_model is not None:
         config = replace(config, model=factory_name(make_model))
     if train is not None:
         config = replace(config, dataset="custom", augmentation=(augmentation or Augmentation()).spec())
     config = settled(config)
+    clock.lap("import")
     if config.workers != 1 and config.backend == "processes":
         start_server()  # it has imported PyTorch by the time the data is read
     with settings(replace(config, device="cpu")):
-        return run(config, train, test, space, report, begin)
+        return run(config, train, test, space, report, clock)
 
 
-def run(config, train, test, space, report, begin):
-    """Carry out a run whose config is settled. begin: when it was called, for the time until it trains."""
+def run(config, train, test, space, report, clock):
+    """Carry out a run whose config is settled."""
+    clock.lap("loss")
     data = read_data(config, train, test)
     for line in (f"{config.method} on {config.dataset}, preset {config.preset}", *data.describe()):
         report(line)
     space = checked_space(config.search_space(data.augmentation.cutout) if space is None else space)
-    config = tried(replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device)), data, report)
+    clock.lap("data")
+    config = replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device))
+    clock.lap("loss")
+    config = tried(config, data, report)
+    clock.lap("trial")
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
                                     "space": [list(vars(v).values()) for v in space]}
     with (closing(RunFolder(config.out, identity, config.resume, config.overwrite)) as folder,
@@ -154,7 +161,8 @@ def run(config, train, test, space, report, begin):
           closing(make_pool(config, data)) as pool):
         if not folder.finished:
             folder.begin()
-        report(f"ready in {time.perf_counter() - begin:.1f} s")
+        clock.lap("workers")
+        report(f"ready in {clock}")
         generations = METHODS[config.method](config, space, data, Workers(pool, folder, bar), folder)
         for g, population in watched(generations, folder) if config.tensorboard else generations:
             with bar.external_write_mode():
@@ -325,7 +333,7 @@ def command_line(arguments):
 
 def main(arguments=None):
     """The command line. Exit code 2 and one line a mistake for what the user can mend."""
-    config = None
+    config, clock = None, Stopwatch(process_age() if arguments is None else 0.0)
     try:
         config = settled(command_line(arguments))
         if config.plan:
@@ -333,7 +341,7 @@ def main(arguments=None):
             print(f"{n} evaluations of {config.epochs} epochs each, {n * config.epochs} in all, "
                   f"of {config.model} on {config.dataset}")
             return
-        outcome = evolve(config)
+        outcome = evolve(config, clock=clock)
     except (ConfigError, DataError, RunError, taylorglo_ext.BackendError) as error:
         print("\n".join(f"epbt.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
