@@ -54,8 +54,8 @@ def readable(items):
 def outcome(run):
     """The fittest individual, what training applied to it, and the accounting of Sec. 5.2."""
     best, numbers = run.best[-1], run.numbers()
-    applied = {name: value for name, value in best.get("applied", {}).items() if name != "theta"}
-    if rates := applied.pop("learning_rate", []):
+    applied = {k: value for k, value in (best.get("applied") or {}).items() if k != "theta"}
+    if rates := applied.pop("learning_rate", None):
         applied["learning rate, in its last epoch"] = rates[-1]
     full, trained = numbers["full_training"], numbers["epochs_trained"]
     return {

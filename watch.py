@@ -48,5 +48,5 @@ def scalars(population):
               "population/evaluations": 1 + max(m["id"] for m in population)}
     applied = best["applied"] | {"training_loss": best["loss"], "memorised": best.get("memorised")}
     values |= {f"theta/theta{i}": x for i, x in enumerate(applied.pop("theta") or ())}
-    applied["learning_rate"] = applied["learning_rate"][-1]  # of its last epoch
+    applied["learning_rate"] = (applied["learning_rate"] or [None])[-1]  # of its last epoch
     return values | {f"fittest/{name}": x for name, x in applied.items() if x is not None}

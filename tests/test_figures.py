@@ -193,6 +193,12 @@ def test_free_text_is_drawn_as_it_is(tmp_path, drawn, capsys):
     drawn["accuracy"].savefig(tmp_path / "x.svg")
 
 
+def test_pictures_of_rows_have_names_of_their_own(tmp_path, drawn):
+    names = ["фо то", "фо-то", "ФО-ТО", *(100 * "я" + end for end in "абв")]
+    compare([write(tmp_path / f"{name}-1", evolved(0.5)) for name in names], tmp_path / "out")
+    assert len(drawn) == 1 + 2 * len(names) and max(len(name.encode()) for name in drawn) < 210
+
+
 @pytest.mark.parametrize("name", [NAMES[1], NAMES[3], NAMES[-2], NAMES[-1]])
 def test_free_text_may_be_anywhere(name, tmp_path):
     folder = write(tmp_path / f"{name}-1", evolved(0.5, 0.6), dataset=f"/data/{name}", model=name)
