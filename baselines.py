@@ -7,11 +7,9 @@ learning rates, the fittest chosen in the end.
 
 import numpy as np
 
-from evolution import Variable, as_array, as_dicts, best_first, draw, initialize, random_stream
-from records import Individual
+from evolution import as_array, as_dicts, best_first, draw, initialize, random_stream
+from records import Individual, fittest
 
-# Sec. 4.1: "between 0.1 and 0.0001", as a scale of the rate 0.1. paper: unspecified: uniform in the logarithm.
-PBT_SPACE = (Variable("lr_scale", 1e-3, 1.0, log=True),)
 TRUNCATION = 0.25  # Sec. 4.1: the top 25% are copied over the bottom 25%
 PERTURBATION = 1.2  # Sec. 4.1
 RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is Ray Tune's default
@@ -19,7 +17,22 @@ RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is Ray Tune's
 
 def independent(config, space, data, workers, run):
     """Baseline 1 (one network, nothing drawn), or a population of networks with random hyperparameters."""
-    yield from train_on(config, space, workers, run, replace=lambda h, fitness, rng: (np.arange(len(h)), h))
+    if config.early_stopping:
+        yield from early_stopped(config, workers, run)
+    else:
+        yield from train_on(config, space, workers, run, replace=lambda h, fitness, rng: (np.arange(len(h)), h))
+
+
+def early_stopped(config, workers, run):
+    """Baseline 1 with held-out images. The population is the network as it is now and, before it, as it was at the end
+    of its best generation on them, the earlier one of equals."""
+    population = run.population
+    for g in range(run.generations, config.generations):
+        newest = workers.evaluate([Individual(g, g, {}, parent=g - 1 if g else None)])
+        best = fittest(population + newest)
+        population = ([] if best is newest[0] else [best]) + newest
+        run.record(g, population, [best])
+        yield g, population
 
 
 def pbt(config, space, data, workers, run):

@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,36 +17,38 @@ import ray
 import torch
 
 from data import ImageSet
-from options import message
-from records import RunError, write_atomic
+from errors import RunError, message
+from records import write_atomic
+from settings import settings
 from taylorglo_ext import BackendError
-from training import Trainer, prepare
+from training import Trainer
 from workers import ATTEMPTS, keep_freed_memory
 
 
 class RayPool:
     """A pool for `workers.Workers` whose workers are Ray's."""
 
-    def __init__(self, job, count, address):
-        """count: at most so many evaluations at once, sharing the GPUs if there are any; None: one a core or a GPU.
-        address: of a running cluster; None starts one on this machine."""
-        if address is not None:
+    def __init__(self, config, data):
+        """config.workers: at most so many evaluations at once, sharing the GPUs if there are any; 0: one a core or a
+        GPU. config.ray_address: of a running cluster; empty: one is started on this machine."""
+        count, address = config.workers, config.ray_address
+        if address:
             refuse_silent(address)
-        own = dict(include_dashboard=False, num_cpus=count and count * job.threads) if address is None else {}
+        own = {} if address else dict(include_dashboard=False, num_cpus=count * config.threads or None)
         try:
             path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
             ray.init(address=address or "local", log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: {message(error)}") from error
-        resources = dict(num_cpus=job.threads)
-        if job.device != "cpu":
+        resources = dict(num_cpus=config.threads)
+        if config.device != "cpu":
             gpus = ray.cluster_resources().get("GPU", 0)
             if gpus == 0:
                 raise RunError("the Ray cluster has no GPU; use --device cpu")
             resources |= dict(num_gpus=min(1, gpus / (count or gpus)))
-            job = replace(job, device="cuda")
+            config = replace(config, device="cuda")
         self.evaluate = ray.remote(max_retries=ATTEMPTS - 1, **resources)(evaluate)
-        self.job, self.count = ray.put(pack(job)), count
+        self.images, self.count = ray.put(pack(config, data)), count
 
     def run(self, tasks):
         """Yields each task's individual as it is done, in no particular order."""
@@ -54,9 +57,9 @@ class RayPool:
             files[path] = ray.put(path.read_bytes())
         waiting, running = deque(tasks), {}
         while waiting or running:
-            while waiting and (self.count is None or len(running) < self.count):
+            while waiting and (self.count == 0 or len(running) < self.count):
                 task = waiting.popleft()
-                result = self.evaluate.remote([self.job], task, files.get(task.parent), files.get(task.teacher))
+                result = self.evaluate.remote([self.images], task, files.get(task.parent), files.get(task.teacher))
                 running[result] = task
             (done,), _ = ray.wait(list(running), num_returns=1)
             task = running.pop(done)
@@ -90,36 +93,41 @@ def refuse_silent(address):
             raise RunError(f"cannot use the Ray cluster {address}: {error.strerror or error}") from error
 
 
-trainers = {}  # of this worker process, by job: Ray keeps the process for the next evaluations
+kept = ExitStack()  # the settings of this worker process
+trainers = {}  # of this worker process, by its work: Ray keeps the process for the next evaluations
 
 
-def evaluate(job, task, parent, teacher):
+def evaluate(work, task, parent, teacher):
     """In a worker process of Ray: (the evaluated individual, the bytes of its file).
 
-    job: its reference in a list, so that Ray does not fetch it each time; parent, teacher: bytes or None."""
-    if job[0] not in trainers:
+    work: the reference of what `pack` made, in a list, so that Ray does not fetch it each time; parent, teacher: bytes
+    or None."""
+    if work[0] not in trainers:
         trainers.clear()
         keep_freed_memory()
-        trainers[job[0]] = Trainer(prepare(unpack(ray.get(job[0]))))
+        config, data = unpack(ray.get(work[0]))
+        kept.enter_context(settings(config))
+        trainers[work[0]] = Trainer(config, data.to(config.device))
     with tempfile.TemporaryDirectory() as folder:
-        here = {name: Path(folder) / f"{name}.ckpt" for name in ("individual", "parent", "teacher")}
+        here = {name: Path(folder) / f"{name}.safetensors" for name in ("individual", "parent", "teacher")}
         for name, content in (("parent", parent), ("teacher", teacher)):
             if content is not None:
                 here[name].write_bytes(content)
         task = replace(task, path=here["individual"], parent=parent and here["parent"],
                        teacher=teacher and here["teacher"])
-        return trainers[job[0]].evaluate(task), here["individual"].read_bytes()
+        return trainers[work[0]].evaluate(task), here["individual"].read_bytes()
 
 
-def pack(job):
-    """(the job without its images, the images as NumPy arrays): these are not copied out of Ray's object store."""
-    sets = {name: getattr(job.data, name) for name in ("train", "validation", "test")}
+def pack(config, data):
+    """(the config, the data without images, the images as NumPy arrays): these are not copied out of Ray's object
+    store."""
+    sets = {name: getattr(data, name) for name in ("train", "validation", "test")}
     arrays = {name: (s.images.permute(0, 2, 3, 1).contiguous().numpy(), s.labels.numpy()) for name, s in sets.items()}
-    return replace(job, data=replace(job.data, **dict.fromkeys(sets))), arrays
+    return config, replace(data, **dict.fromkeys(sets)), arrays
 
 
 def unpack(packed):
-    job, arrays = packed
+    config, data, arrays = packed
     sets = {name: ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
             for name, (images, labels) in arrays.items()}
-    return replace(job, data=replace(job.data, **sets))
+    return config, replace(data, **sets)

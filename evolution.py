@@ -77,10 +77,11 @@ def draw(space, n, rng):
     return np.array([v.at(column) for v, column in zip(space, u.T, strict=True)]).reshape(-1, n).T
 
 
-def initialize(space, n, rng, viable_for=None):
+def initialize(space, n, rng, viable_for=None, known=None, copies=0):
     """Sec. 3.2, Initialization: h of shape (n, variables), uniform within the ranges.
 
-    Not in the paper: with viable_for = the number of classes, rows whose loss would train backwards are drawn again."""
+    Not in the paper: with viable_for = the number of classes, rows whose loss would train backwards are drawn
+    again; then the first so many rows, `copies`, get the values of `known`, a dict, where it has a variable."""
     h = draw(space, n, rng)
     names = [v.name for v in space]
     if "theta0" in names and viable_for is not None:
@@ -92,7 +93,20 @@ def initialize(space, n, rng, viable_for=None):
             h[backwards] = draw(space, len(backwards), rng)
         else:
             raise ValueError(f"losses still train backwards after {REDRAWS} draws: the search space has hardly any others")
+    for i, v in enumerate(space):
+        if copies and v.name in known:
+            h[:copies, i] = np.clip(known[v.name], v.low, v.high) if v.clip else known[v.name]
     return h
+
+
+def known_loss(classes):
+    """theta, as a dict, of a loss of Eq. 2's form that is known to learn: cross-entropy's second-order Taylor expansion.
+
+    For the probability y of the right class, -log y = (1 - y) + (1 - y)^2 / 2 + ... around y = 1. In Eq. 2, theta0 = 0
+    makes (x - theta0) the one-hot label, which leaves of the sum over classes the right one alone, and theta1 = 1
+    expands around y = 1: L = -(1/n) [theta5 (y - 1) + theta6 (y - 1)^2 / 2]. With theta5 = n and theta6 = -n that is
+    (1 - y) + (1 - y)^2 / 2. For ten classes it lies on the edge of the initial range of Sec. 4.1."""
+    return {f"theta{i}": float(x) for i, x in enumerate((0, 1, 0, 0, 0, classes, -classes, 0))}
 
 
 def first_step(theta, classes):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from options import ConfigError, message, nearest
+from errors import ConfigError, message, nearest
 
 
 class BasicBlock(nn.Module):

@@ -1,19 +1,20 @@
-"""What a run leaves to a practitioner: its winner's training schedule, as a small JSON file, and how to train by it.
+"""What a run leaves to a practitioner: its winner's schedule, as a small JSON file, and how to train by it.
 
 The ancestry of the fittest individual (Sec. 5.3) is a sequence of losses, learning rates and momenta, one for each
 epoch that its weights were trained. `replay` trains one new network from scratch under that sequence.
 """
 
 import json
+import math
 from pathlib import Path
 
-from options import is_number
-from records import Individual, RunError, fittest
-from training import learning_rate, scaled_theta
+from errors import RunError, message
+from records import Individual, fittest
 
 SCHEDULE = "schedule.json"
-LATER = ("average_epochs", "image_size")  # whole numbers that older schedules lack
 NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
+# Fields of the run's config that a replay takes over.
+SHARED = ("dataset", "model", "batch_size", "add_cross_entropy", "image_size", "augmentation")
 
 
 def ancestry(log):
@@ -25,53 +26,58 @@ def ancestry(log):
     return line[::-1]
 
 
-def schedule(config, job, log):
-    """The winner's schedule: {"dataset", "image_size": the lesser of height and width in pixels, "model", "batch_size",
-    "add_cross_entropy": whether it is added to each loss, "average_weights": whether the running mean of the weights is
-    what counts, "average_epochs": over about how many, "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout",
-    "theta": eight numbers, or None for cross-entropy}, ...]}. taylorglo_ext.losses makes losses of it."""
+def schedule(config, data, log):
+    """The winner's schedule: the fields SHARED of its config, "plain_loss" (the loss where theta is None), "side" (the
+    lesser of height and width in pixels), "average_epochs" (over about how many the weights are averaged), and
+    "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout", "theta": eight numbers, or None}, ...]."""
     epochs = []
     for ancestor in ancestry(log):
-        h = {**job.fixed, **ancestor["hyperparameters"]}
-        theta = [float(x) for x in scaled_theta(h, job.normalize_loss, job.data.num_classes)] if "theta0" in h else None
-        epochs += [dict(learning_rate=learning_rate(h, ancestor["generation"] * job.epochs + e, job),
-                        momentum=h["momentum"], weight_decay=h["weight_decay"], cutout=h["cutout"], theta=theta)
-                   for e in range(job.epochs)]
-    return dict(dataset=config.dataset, image_size=min(job.data.height, job.data.width), model=config.model,
-                batch_size=config.batch_size, add_cross_entropy=job.add_cross_entropy,
-                average_weights=job.average_weights, average_epochs=job.average_epochs, epochs=epochs)
+        applied = ancestor["applied"]
+        epochs += [{"learning_rate": rate} | {name: applied[name] for name in (*NUMBERS[1:], "theta")}
+                   for rate in applied["learning_rate"]]
+    return {name: getattr(config, name) for name in SHARED} | {
+        "plain_loss": config.plain_loss,
+        "side": min(data.height, data.width), "average_epochs": config.average_weights * config.epochs,
+        "epochs": epochs}
 
 
 def read_schedule(path):
     """The schedule in a file, or in the folder of a run. Raises RunError."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path = path / SCHEDULE if path.is_dir() else path
     try:
-        found = json.loads(path.read_text())
-        if not all(isinstance(name, str) for name in (found["model"], found.get("dataset", ""))) or not found["epochs"]:
-            raise ValueError("its model, its data set or its epochs are missing")
-        for name, value in (("batch_size", found["batch_size"]), *((n, found.get(n, 1)) for n in LATER)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is not a whole number from 1 on")
+        found = json.loads(path.read_text(encoding="utf-8"))
         for epoch in found["epochs"]:
-            theta = epoch["theta"]
-            numbers = [*(epoch[name] for name in NUMBERS), *(theta or [])]
-            if not all(map(is_number, numbers)) or (
-                    theta is not None and len(theta) != 8 or min(numbers[:4]) < 0 or epoch["momentum"] > 1):
-                raise ValueError("an epoch is not four numbers from 0 on, the momentum up to 1, and eight thetas")
+            numbers = [epoch[name] for name in NUMBERS] + (epoch["theta"] or [])
+            if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or min(numbers[:4]) < 0:
+                raise ValueError("an epoch has a number that is not finite, or a rate below 0")
+            if len(numbers) not in (4, 12) or epoch["momentum"] > 1:
+                raise ValueError("an epoch has a momentum above 1, or not eight thetas")
+        if missing := [name for name in (*SHARED, "plain_loss", "side", "average_epochs") if name not in found]:
+            raise ValueError(f"{missing[0]} is missing")
+        if not found["epochs"]:
+            raise ValueError("it has no epoch")
     except OSError as error:
         raise RunError(f"cannot read {path}, the schedule of a finished run: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not the schedule of a finished run ({error!r})") from error
+        raise RunError(f"{path} is not the schedule of a finished run ({type(error).__name__}: {message(error)})"
+                       ) from error
     return found
 
 
+def replay_config(path):
+    """{field: value} that a replay of this schedule begins with: one epoch a generation, as many as it has."""
+    found = read_schedule(path)
+    return {name: found[name] for name in SHARED} | dict(
+        method="replay", replay=str(path), generations=len(found["epochs"]), epochs=1,
+        average_weights=found["average_epochs"], milestones=(), loss=found["plain_loss"])
+
+
 def replay(config, space, data, workers, run):
-    """One new network under a schedule, which is stretched to this run's number of epochs. Each generation, of one epoch if
-    --epochs does not say more, is trained as the schedule is at its beginning. Cutouts keep their share of the image."""
+    """One new network under a schedule, which is stretched to this run's number of epochs. Each generation is trained
+    as the schedule is at its beginning. Cutouts keep their share of the image."""
     recorded = read_schedule(config.replay)
-    epochs, side = recorded["epochs"], min(data.height, data.width)
-    scale = side / recorded.get("image_size", side)
+    epochs, scale = recorded["epochs"], min(data.height, data.width) / recorded["side"]
     population = run.population
     for g in range(run.generations, config.generations):
         then = epochs[g * len(epochs) // config.generations]

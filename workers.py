@@ -1,13 +1,11 @@
-"""Where evaluations run: in this process, on a pool of processes on CPU cores or GPUs, or on a Ray cluster.
+"""Where evaluations run: in this process, or on a pool of processes on CPU cores or GPUs. cluster.py is for Ray.
 
 "Since the evaluation of an individual does not depend on other individuals, the entire EPBT process can be
-parallelized" (Sec. 3.1). An evaluation is a function of its task alone, so a run gives the same bits for any number
-of workers. Weights travel through the run's folder (written once, read from the page cache), images through shared
-memory; only the task and the scores go through a pipe.
+parallelized" (Sec. 3.1). So a run gives the same bits for any number of workers. Weights travel through the run's
+folder, images through shared memory; only tasks and scores go through a pipe.
 
-On a CPU a worker is a process, with one thread unless --threads says more; a single one is this process. A GPU has one
-process, and in it as many slots as pay: each a Trainer with a stream and captured graphs of its own, all replayed in turn
-by one thread.
+On a CPU a worker is a process, with one thread unless --threads says more; a single one is this process. A GPU has
+one process, and in it as many slots as pay (slots.py).
 """
 
 import ctypes
@@ -16,34 +14,33 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections import Counter, deque
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing import connection, forkserver, parent_process
 
 import torch
 import torch.multiprocessing as multiprocessing
 
-from records import RunError
+from errors import RunError
+from settings import settings
+from slots import Slot, Turns, out_of_memory, worthwhile_slots
 from taylorglo_ext import BackendError
-from training import Task, Trainer, out_of_memory, prepare
+from training import Task, Trainer
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ATTEMPTS = 3  # a task whose worker dies is given out again, this many times in all
 OUT_OF_MEMORY = 75  # the exit code of a worker whose GPU had no memory left
 UNGUARDED = 76  # and of one that came upon evolve() while it imported the user's script
 PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
-MOST_SLOTS = 16  # on a GPU
-REHEARSAL = 50  # training steps by which throughput is measured
-WORTHWHILE = 1.05  # one more slot must raise the throughput of a GPU by this factor
 
 
 class Workers:
     """Evaluates individuals; what an interrupted run has already evaluated is taken from its folder."""
 
     def __init__(self, pool, folder, progress):
-        """pool: see `make_pool`. progress: something with tqdm's update(n), n more individuals."""
+        """pool: a ThisProcess, Processes or cluster.RayPool. progress: something with tqdm's update(n)."""
         self.pool, self.folder, self.progress = pool, folder, progress
 
     def evaluate(self, individuals, teacher=None, alpha=0.0):
@@ -59,42 +56,35 @@ class Workers:
         return [evaluated[m.id] for m in individuals]
 
 
-def make_pool(job, count, backend="processes", address=None):
-    """The pool for `Workers`. count: how many individuals are evaluated at once; None, on a GPU: as many as pay."""
-    if backend == "ray":
-        from cluster import RayPool  # here, as Ray is an optional requirement
-
-        return RayPool(job, count, address)
-    # A GPU always has a process of its own: after a CUDA error only a new process can use it again.
-    return ThisProcess(job) if count == 1 and job.device == "cpu" else Processes(job, count)
-
-
 class ThisProcess:
     """The pool of one worker on the CPU."""
 
-    def __init__(self, job):
+    def __init__(self, config, data):
         keep_freed_memory()
-        self.threads = torch.get_num_threads()
-        self.trainer = Trainer(prepare(job))
+        self.stack = ExitStack()
+        self.stack.enter_context(settings(config))
+        self.trainer = Trainer(config, data)
 
     def run(self, tasks):
         yield from map(self.trainer.evaluate, tasks)
 
     def close(self):
-        torch.set_num_threads(self.threads)
+        self.stack.close()
 
 
 class Processes:
     """A pool of worker processes, started once a run."""
 
-    def __init__(self, job, count):
-        self.context = start_server()
-        _refuse_small_shared_memory(job.data)  # to which PyTorch moves the images when they are sent to the first worker
-        if job.device == "cpu":
+    def __init__(self, config, data, count):
+        """count: individuals evaluated at once; 0, on GPUs: as many as pay."""
+        self.context, self.data = start_server(), data
+        refuse_small_shared_memory(data)  # to which PyTorch moves the images when they are sent to the first worker
+        if config.device == "cpu":
             places = [("cpu", 1)] * count
-        else:
-            places = [(f"cuda:{i}", slots) for i, slots in enumerate(_shares(count, torch.cuda.device_count()))]
-        self.workers = [_Worker(self.context, replace(job, device=device), slots) for device, slots in places]
+        else:  # a GPU always has a process of its own: after a CUDA error only a new process can use it again
+            places = [(f"cuda:{i}", slots) for i, slots in enumerate(shares(count, torch.cuda.device_count()))]
+        self.workers = [WorkerProcess(self.context, replace(config, device=device), data, slots)
+                        for device, slots in places]
         for worker in self.workers:
             worker.slots = worker.slots or worker.answer() or 1  # None if it died: run() finds out
 
@@ -112,9 +102,9 @@ class Processes:
                     yield answer
                 else:
                     waiting.extendleft(busy[pipe].tasks.values())
-                    self._replace(busy[pipe], attempts)
+                    self.replace(busy[pipe], attempts)
 
-    def _replace(self, worker, attempts):
+    def replace(self, worker, attempts):
         """Start another worker in the place of one that died over its tasks; where the GPU's memory was too small for
         all of them, with one slot less."""
         self.workers.remove(worker)
@@ -127,7 +117,8 @@ class Processes:
             if slots == 0 and not self.workers:
                 raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: use a smaller "
                                "--batch-size or --model, or free the GPU")
-            print(f"out of memory on {worker.job.device}: going on with {slots or 'no'} of its slots", file=sys.stderr)
+            print(f"out of memory on {worker.config.device}: going on with {slots or 'no'} of its slots",
+                  file=sys.stderr)
             if slots == 0:
                 return
         else:
@@ -138,7 +129,7 @@ class Processes:
                                f"time with {worker.died_of()}")
             print(f"a worker died with {worker.died_of()}; individual {', '.join(map(str, ids))} is evaluated again",
                   file=sys.stderr)
-        self.workers.append(_Worker(self.context, worker.job, slots))
+        self.workers.append(WorkerProcess(self.context, worker.config, self.data, slots))
 
     def close(self):
         for worker in self.workers:
@@ -147,10 +138,10 @@ class Processes:
             worker.process.join()
 
 
-def _shares(count, devices):
-    """Slots for each of the devices: count divided among them, those with none left out; None each for None."""
-    if count is None:
-        return [None] * devices
+def shares(count, devices):
+    """Slots for each of the devices: count divided among them, those with none left out; 0 each for 0."""
+    if count == 0:
+        return [0] * devices
     return [count // devices + (i < count % devices) for i in range(min(count, devices))]
 
 
@@ -178,17 +169,17 @@ def start_server():
     return context
 
 
-class _Worker:
+class WorkerProcess:
     """One process of the pool, seen from the parent."""
 
-    def __init__(self, context, job, slots):
-        """slots: how many tasks it has at once; None: it finds out how many pay, and tells."""
-        self.job, self.tasks = job, {}
+    def __init__(self, context, config, data, slots):
+        """slots: how many tasks it has at once; 0: it finds out how many pay, and tells."""
+        self.config, self.tasks = config, {}
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(job, slots, theirs), daemon=True)
+        self.process = context.Process(target=serve, args=(config, data, slots, theirs), daemon=True)
         try:
             self.process.start()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, AssertionError) as error:
             raise RunError(f"cannot start a worker process: {error or 'the server that forks them is gone'}") from error
         theirs.close()  # so that its death closes the pipe
         self.slots = slots
@@ -225,14 +216,23 @@ class _Worker:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _serve(job, slots, pipe):
+def serve(config, data, slots, pipe):
     """The worker process: answers tasks until its parent is gone or it cannot."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     keep_freed_memory()
     try:
-        job = prepare(job)
-        trainers = [Trainer(job) for _ in range(slots)] if slots else worthwhile_trainers(job, pipe)
-        _take_turns(trainers, pipe)
+        with settings(config):
+            data = data.to(config.device)
+            if config.device == "cpu":
+                trainer = Trainer(config, data)
+                while True:
+                    pipe.send(trainer.evaluate(pipe.recv()))
+            elif slots:
+                take_turns([Slot(config, data) for _ in range(slots)], pipe)
+            else:
+                found = worthwhile_slots(config, data)
+                pipe.send(len(found))
+                take_turns(found, pipe)
     except (EOFError, ConnectionError):
         pass  # the parent is gone
     except (RunError, BackendError) as error:
@@ -244,67 +244,16 @@ def _serve(job, slots, pipe):
         sys.exit(1)
 
 
-def _take_turns(trainers, pipe):
-    """Evaluate the tasks that come through the pipe, one a trainer, a few steps of each in turn."""
-    idle, busy = list(trainers), {}
+def take_turns(slots, pipe):
+    """Evaluate the tasks that come through the pipe, one a slot, a few steps of each in turn."""
+    idle, turns = list(slots), Turns()
     while True:
-        while idle and (not busy or pipe.poll()):
-            trainer = idle.pop()
-            busy[trainer] = trainer.evaluating(pipe.recv())
-        for trainer, individual in finished(busy):
+        while idle and (not turns.busy or pipe.poll()):
+            slot = idle.pop()
+            turns.begin(slot, slot.evaluate, pipe.recv())
+        for slot, individual in turns.step():
             pipe.send(individual)
-            idle.append(trainer)
-
-
-def finished(busy):
-    """Give each of the busy trainers {trainer: generator} its turn; take out and return those that came to their
-    end, with what they end in."""
-    ended = []
-    for trainer, evaluation in list(busy.items()):
-        with trainer.turn():
-            result = next(evaluation)
-        if result is not None:
-            del busy[trainer]
-            ended.append((trainer, result))
-    return ended
-
-
-def worthwhile_trainers(job, pipe):
-    """As many trainers on this GPU as raise its throughput, found by trying, within its memory. Tells the parent their
-    number."""
-    trainers, best = [], 0.0
-    while len(trainers) < MOST_SLOTS:
-        try:
-            images = throughput([*trainers, one_more := Trainer(job)])
-        except torch.OutOfMemoryError:
-            if not trainers:
-                raise
-            break
-        except RuntimeError as error:
-            if out_of_memory(error):  # of a kind after which this process cannot go on: the next has one slot less
-                pipe.send(len(trainers) + 1)
-            raise
-        if images < best * WORTHWHILE:
-            break
-        trainers.append(one_more)
-        best = images
-    pipe.send(len(trainers))
-    return trainers
-
-
-def throughput(trainers):
-    """Training images/s of these slots together, with a teacher, as in most of a run's steps."""
-    for _ in range(2):  # the first time captures the graphs
-        begun = time.perf_counter()
-        rehearse(trainers, REHEARSAL)
-    return sum(REHEARSAL * trainer.batch for trainer in trainers) / (time.perf_counter() - begun)
-
-
-def rehearse(trainers, count):
-    """So many training steps of each of these slots, in turn."""
-    busy = {trainer: trainer.rehearse(count) for trainer in trainers}
-    while busy:
-        finished(busy)
+            idle.append(slot)
 
 
 def keep_freed_memory():
@@ -316,15 +265,19 @@ def keep_freed_memory():
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest that glibc takes
 
 
-def _exit_with_parent():
+def exit_with_parent():
     connection.wait([parent_process().sentinel])
     os._exit(1)
 
 
-def _refuse_small_shared_memory(data):
+def refuse_small_shared_memory(data):
     """Raise RunError if the images do not fit, since writing past its end kills a process."""
     need = sum(s.images.nbytes + s.labels.nbytes for s in (data.train, data.validation, data.test))
-    free = shutil.disk_usage("/dev/shm").free
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError as error:
+        raise RunError(f"worker processes need shared memory in /dev/shm, which cannot be used ({error.strerror}): "
+                       "use --workers 1") from error
     if need > free:
         raise RunError(f"the images need {need >> 20} MiB of shared memory and /dev/shm has {free >> 20} MiB free: "
                        "use --workers 1, or enlarge it (docker run --shm-size)")

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .build import BackendError, load_library
+from .plain import generalized_cross_entropy, label_smoothing
 from .reference import check_inputs, check_labels, reference_loss, widen
 
-__all__ = ["BackendError", "TaylorGLOLoss", "distilled_cross_entropy", "load", "losses", "taylorglo_loss"]
+__all__ = ["PLAIN_LOSSES", "BackendError", "TaylorGLOLoss", "distilled_cross_entropy", "load", "losses", "taylorglo_loss"]
 
 _in_use: dict[str, str] = {}  # device type -> the backend that load() chose for it
 
@@ -116,8 +117,13 @@ def distilled_cross_entropy(
     return F.cross_entropy(logits, labels)
 
 
-def losses(schedule: dict) -> list[nn.Module]:
+# By the names that --loss and schedules have for them.
+PLAIN_LOSSES = {"cross-entropy": distilled_cross_entropy, "generalized-cross-entropy": generalized_cross_entropy,
+                "label-smoothing": label_smoothing}
+
+
+def losses(schedule: dict) -> list:
     """The loss of each epoch of a run's schedule.json, as ``json.load`` gives it: called as ``loss(logits, labels)``."""
-    add_cross_entropy = schedule.get("add_cross_entropy", False)
-    return [nn.CrossEntropyLoss() if epoch["theta"] is None else TaylorGLOLoss(epoch["theta"], add_cross_entropy)
+    plain = PLAIN_LOSSES[schedule["plain_loss"]]
+    return [plain if epoch["theta"] is None else TaylorGLOLoss(epoch["theta"], schedule["add_cross_entropy"])
             for epoch in schedule["epochs"]]

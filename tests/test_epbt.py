@@ -523,7 +523,7 @@ def test_a_model_of_a_script_that_no_worker_can_import(tmp_path):
                       "def make(num_classes, in_channels): pass\n"
                       "if __name__ == '__main__': epbt.evolve(epbt.Config(device='cpu'), make)\n")
     done = python(script, cwd=tmp_path)
-    assert done.stderr.splitlines()[-1] == ("options.ConfigError: make_model is in train.v2.py, which cannot be imported: "
+    assert done.stderr.splitlines()[-1] == ("errors.ConfigError: make_model is in train.v2.py, which cannot be imported: "
                                             "there must be no dot before .py")
 
 
@@ -532,7 +532,7 @@ def test_a_script_that_calls_evolve_while_workers_import_it_is_told_what_to_do(t
     script.write_text("import epbt\nepbt.evolve(epbt.Config(workers=2, device='cpu', loss_backend='reference'))\n")
     done = python(script, cwd=tmp_path)
     *_, last = done.stderr.splitlines()
-    assert last == ("records.RunError: worker processes import the script that calls evolve(): the call must stand under "
+    assert last == ("errors.RunError: worker processes import the script that calls evolve(): the call must stand under "
                     'if __name__ == "__main__":')
     assert done.stderr.count("Traceback") == 1  # the script's own
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from folders import THETA, alone, evolved, member, write
+from tests.run_folders import THETA, alone, evolved, member, write
 from PIL import Image
 
 import figures

@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from folders import alone, evolved, member, write
+from tests.run_folders import alone, evolved, member, write
 
 import report as module
 from records import RunError

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from folders import THETA, evolved, write
+from tests.run_folders import THETA, evolved, write
 
 from records import RunError
 from watch import FITNESS, TEST, watched

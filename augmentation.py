@@ -1,0 +1,115 @@
+"""Batches augmented and normalised on the device (Sec. 4.1): pure functions of explicit draws, without
+a word from the device to the host."""
+
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import torch
+
+from errors import DataError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens at random to a training image (Sec. 4.1)."""
+
+    flip: bool = False  # left to right, with probability 1/2
+    shift: int = 0  # by up to so many pixels in each direction; zeros are shifted in
+    cutout: int = 0  # side in pixels of the square that is cut out [6]; 0 cuts nothing
+
+    def __post_init__(self):
+        if type(self.flip) is not bool or any(type(n) is not int or n < 0 for n in astuple(self)[1:]):
+            raise DataError("flip must be True or False, shift and cutout whole numbers of pixels from 0 "
+                            f"on, not {self!r}")
+
+    def spec(self):
+        """The text from which `parse_augmentation` makes it."""
+        sizes = (("shift", self.shift), ("cutout", self.cutout))
+        return " ".join(["flip"] * self.flip + [f"{name}={n}" for name, n in sizes if n]) or "none"
+
+    def __str__(self):
+        words = ["flipped left to right" if self.flip else "not flipped"]
+        words += [f"shifted by up to {self.shift} pixels"] * (self.shift > 0)
+        words += [f"a square of {self.cutout} pixels cut out"] * (self.cutout > 0)
+        return ", ".join(words)
+
+
+def parse_augmentation(text, size):
+    """The Augmentation that a text such as "flip shift=4 cutout=16" names, or "none". Without a number
+    a shift is an eighth of the images' size in pixels, and a cutout half of it."""
+    found = {}
+    for word in text.lower().replace(",", " ").split():
+        name, _, pixels = word.partition("=")
+        if name not in ("none", "flip", "shift", "cutout") or pixels and (
+                not pixels.isdigit() or name in ("none", "flip")):
+            break
+        found[name] = int(pixels) if pixels else {"shift": size // 8, "cutout": size // 2}.get(name, True)
+    else:
+        if found and (len(found) == 1 or "none" not in found):
+            return Augmentation(**{name: value for name, value in found.items() if name != "none"})
+    raise DataError("--augmentation must be none, or some of flip, shift=PIXELS and cutout=PIXELS, not "
+                    f"{text!r}")
+
+
+def draw_augmentation(augmentation: Augmentation, n, height, width, rng: np.random.Generator):
+    """The random part of augmenting n images: (n, 5) int64 with columns dy, dx, flip, cut_y, cut_x.
+
+    (dy, dx) is the corner of the crop in the padded image, in [0, 2 shift]; (cut_y, cut_x) is the
+    centre of the square that is cut out, anywhere in the image [6].
+    """
+    offsets = 2 * augmentation.shift + 1
+    centres = (height, width) if augmentation.cutout else (1, 1)
+    return rng.integers(0, (offsets, offsets, 1 + augmentation.flip, *centres), size=(n, 5))
+
+
+def make_batch(images, index, draws, augmentation: Augmentation, mean, std, cutout=None):
+    """Augmented and normalised training images (B, C, H, W), float32, channels last.
+
+    images: (N, C, H + 2 shift, W + 2 shift) uint8 with a border of zeros, channels last; index: (B,)
+    int64 into them; draws: (B, 5) int64 of `draw_augmentation`; mean, std: (C,) float32; all on one
+    device. cutout: where augmentation.cutout is not 0, the side of the square as a 0-d int64 tensor on
+    the device, so that a captured CUDA graph can be replayed with another; None is augmentation.cutout.
+    """
+    dy, dx, flip, cut_y, cut_x = draws.unbind(1)
+    crops = crop(images, index, dy, dx, augmentation.shift)
+    if augmentation.flip:
+        both = torch.cat([crops, crops.flip(2)])
+        crops = both.index_select(0, flip * len(crops) + torch.arange(len(crops), device=crops.device))
+    batch = standardize(crops, mean, std)
+    if augmentation.cutout:  # paper: unspecified (what fills the square: the mean, which is 0 by now)
+        side = augmentation.cutout if cutout is None else cutout
+        batch *= 1 - squares(cut_y, cut_x, side, *crops.shape[1:])
+    return batch.view(crops.shape).permute(0, 3, 1, 2)
+
+
+def normalize(images, mean, std) -> torch.Tensor:
+    """Images (B, C, H, W) uint8 as float32 of zero mean and unit variance (Sec. 4.1), channels last."""
+    images = images.permute(0, 2, 3, 1)
+    return standardize(images, mean, std).view(images.shape).permute(0, 3, 1, 2)
+
+
+def crop(images, index, dy, dx, shift):
+    """Crops (B, H, W, C) uint8 of padded images, with their corners at (dy, dx)."""
+    images = images.contiguous(memory_format=torch.channels_last)  # as Data holds them: no copy
+    n, channels, rows, columns = images.shape
+    height, width = rows - 2 * shift, columns - 2 * shift
+    # A row of a crop is W*C consecutive bytes. So gather rows, from a view of every such run of bytes,
+    # numbered by its first pixel: this is several times faster than to gather pixels.
+    runs = images.as_strided((n * rows * columns - width + 1, width * channels), (channels, 1))
+    corner = (index * rows + dy) * columns + dx
+    first = corner[:, None] + columns * torch.arange(height, device=images.device)
+    return runs.index_select(0, first.flatten()).view(len(index), height, width, channels)
+
+
+def standardize(images, mean, std):
+    """(B, H, W, C) uint8 to (B, H, W*C) float32; an axis of only C elements would be slow."""
+    width = images.shape[2]
+    return images.flatten(2).float().sub_(mean.repeat(width)).div_(std.repeat(width))
+
+
+def squares(cut_y, cut_x, side, height, width, channels):
+    """(B, H, W*C) float32: 1 in the square around each centre, as far as it lies within the image, else 0."""
+    y = torch.arange(height, device=cut_y.device) - cut_y[:, None] + side // 2
+    x = torch.arange(width * channels, device=cut_x.device) // channels - cut_x[:, None] + side // 2
+    inside_y, inside_x = (y >= 0) & (y < side), (x >= 0) & (x < side)
+    return inside_y.float()[:, :, None] * inside_x.float()[:, None, :]

@@ -1,0 +1,246 @@
+"""Several individuals on one GPU: streams, captured CUDA graphs, turns, random states (Sec. 3.1, last paragraph).
+
+A slot is a Trainer whose steps are captured once as a CUDA graph and then replayed. The slots of a GPU take turns
+within one thread: each queues a few steps on its own stream, and the GPU works on all streams at once.
+"""
+
+import hashlib
+import json
+import os
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from greenlet import getcurrent, greenlet
+
+from errors import RunError, message
+from models import random_states, random_states_kept, set_random_states
+from records import Individual, write_atomic
+from training import Task, Trainer, load_tensors, named_tensors, plain_attributes
+
+STEPS_A_TURN = 8  # steps that a slot queues before the next slot has its turn
+WARM_UP = 3  # steps before a capture, as PyTorch asks: libraries allocate and choose in the first ones
+MOST_SLOTS = 16
+REHEARSAL = 25  # training steps by which throughput is measured
+WORTHWHILE = 1.1  # twice the slots must raise a GPU's throughput by this factor
+
+
+class Slot(Trainer):
+    """A Trainer with a stream and graphs of its own. With config.no_graphs it launches each operation by itself."""
+
+    def __init__(self, config, data):
+        super().__init__(config, data)
+        self.captured = not config.no_graphs
+        self.graphs, self.network, self.random_states = {}, None, None
+        self.rates = torch.zeros(3, device=self.device).unbind()  # learning rate, momentum, weight decay
+        self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        self.generator = torch.Generator(self.device)
+        torch.cuda.synchronize(self.device)  # what was made on the default stream is about to be used on another
+
+    def make_networks(self, seed):
+        """The first time, make the networks, capture their steps; then fill them with new weights."""
+        if not self.captured:
+            return super().make_networks(seed)
+        if self.network is None:
+            distilled, self.distilled = self.distilled, True  # the teacher comes into use later
+            super().make_networks(seed)
+            self.distilled = distilled
+        # These flags change the operations, so each combination needs its own graph.
+        self.kind = self.distilled, self.has_theta, self.augmentation.cutout > 0, self.h["weight_decay"] > 0
+        self.graph(self.step)  # before the weights are loaded, since its first steps change them
+        load_tensors(self.network.tensors(), self.new_network(seed).tensors())
+
+    def set_rates(self, learning_rate, momentum, weight_decay):
+        if not self.captured:
+            return super().set_rates(learning_rate, momentum, weight_decay)
+        for scalar, value in zip(self.rates, (learning_rate, momentum, weight_decay), strict=True):
+            # fill_ would raise for a number beyond float32; copied, it makes the network diverge
+            scalar.copy_(torch.tensor(value, dtype=torch.float64))
+
+    @torch.no_grad()
+    def sgd(self):
+        """v = momentum v + gradient + decay w; w = w - rate v, as torch.optim.SGD. That one takes the momentum as a
+        Python number, which a captured graph would freeze."""
+        if not self.captured:
+            return super().sgd()
+        learning_rate, momentum, weight_decay = self.rates
+        trained = [(p, p.grad, self.network.momentum[name]) for name, p in self.network.model.named_parameters()
+                   if p.grad is not None]
+        weights, gradients, velocities = map(list, zip(*trained, strict=True))
+        if self.kind[-1]:
+            gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, weight_decay))
+        torch._foreach_mul_(velocities, momentum)
+        torch._foreach_add_(velocities, gradients)
+        torch._foreach_sub_(weights, torch._foreach_mul(velocities, learning_rate))
+
+    def repeat(self, step, count):
+        """Take a step so many times, giving other slots their turns, and return when the GPU has done them."""
+        if self.captured:
+            step = self.graph(step)
+        self.position.zero_()
+        for i in range(count):
+            if i % STEPS_A_TURN == 0:
+                give_turn()
+            step()
+        done = self.stream.record_event()
+        while not done.query():
+            give_turn()
+
+    def graph(self, step):
+        """The replay of a step, captured when it is first asked for."""
+        key = step, self.kind if step == self.step else None
+        if key not in self.graphs:
+            self.warm_up(step)
+            graph = torch.cuda.CUDAGraph()
+            # One pool of memory for all graphs of a slot, since only one of them runs at a time.
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    step()
+            except torch.AcceleratorError as error:  # the end of a capture in which something else was raised
+                if out_of_memory(error):
+                    raise
+                self.cannot_capture(f"({message(error.__context__ or error)})", error)
+            self.graphs[key] = graph.replay
+        return self.graphs[key]
+
+    def warm_up(self, step):
+        """A few steps without a graph. What a graph would freeze must not change in the last of them."""
+        for i in range(WARM_UP):
+            if i == WARM_UP - 1:
+                before = self.frozen_by_capture()
+            self.position.zero_()
+            step()
+        after = self.frozen_by_capture()
+        if changed := [what for what in before if before[what] != after.get(what)]:
+            self.cannot_capture(f"as each step changes {changed[0]}, which a graph would freeze")
+
+    def frozen_by_capture(self):
+        """{what: its value now} for all that a graph takes from Python: where tensors are, random states, attributes."""
+        model, (_, numpy_state, python_state) = self.network.model, random_states()
+        found = {f"the tensor {name}": (id(t), t.data_ptr(), t.shape) for name, t in named_tensors(model)}
+        found |= {f"the attribute {name}": value for name, value in plain_attributes(model).items()}
+        return found | {"the state of NumPy's random generator": repr(numpy_state),
+                        "the state of Python's random generator": python_state}
+
+    def cannot_capture(self, why, error=None):
+        raise RunError(f"model {self.config.model}: its training step cannot be captured as a CUDA graph {why}; use "
+                       "--no-graphs") from error
+
+    def rehearse(self, count):
+        """So many training steps as most of the run's are, from wherever the weights are."""
+        theta = dict.fromkeys((f"theta{i}" for i in range(8)), 1.0) if self.config.evolves_theta else {}
+        stand_in = Path("stand-in") if self.config.distillation else None
+        self.set_hyperparameters({**self.config.fixed(self.data.augmentation.cutout), **theta},
+                                 Task(Individual(0, 0, {}), Path(), teacher=stand_in))
+        self.make_networks(seed=0)
+        self.set_rates(0.0, 0.0, 0.0)
+        while count > 0:
+            self.repeat(self.step, min(count, self.steps))
+            count -= self.steps
+
+    @contextmanager
+    def turn(self):
+        """Within it, this slot's stream and its states of the global random generators are the current ones."""
+        generator = torch.cuda.default_generators[self.stream.device_index]
+        before = generator.graphsafe_get_state()
+        # A graph reads its random state on the device when it runs: with one state for all slots, one slot would
+        # overwrite what another's graph is about to read.
+        generator.graphsafe_set_state(self.generator)
+        try:
+            with random_states_kept(), torch.cuda.stream(self.stream):
+                if self.random_states is not None:
+                    set_random_states(self.random_states)
+                yield
+                self.random_states = random_states()
+        finally:
+            generator.graphsafe_set_state(before)
+
+
+def give_turn():
+    """Within `Turns`, let the other slots go on; elsewhere nothing."""
+    if getcurrent().parent is not None:
+        getcurrent().parent.switch()
+
+
+class Turns:
+    """Runs one call a slot, a few steps of each in turn."""
+
+    def __init__(self):
+        self.busy = {}  # slot: its greenlet, a call that can be left and taken up again
+
+    def begin(self, slot, call, *arguments):
+        self.busy[slot] = greenlet(lambda: call(*arguments))
+
+    def step(self):
+        """Give each busy slot its turn. Returns [(slot, what its call returned)] of those that came to their end."""
+        ended = []
+        for slot, running in list(self.busy.items()):
+            with slot.turn():
+                result = running.switch()
+            if running.dead:
+                del self.busy[slot]
+                ended.append((slot, result))
+        return ended
+
+
+def rehearse(slots, count):
+    """So many training steps of each of these slots, in turn."""
+    turns = Turns()
+    for slot in slots:
+        turns.begin(slot, slot.rehearse, count)
+    while turns.busy:
+        turns.step()
+
+
+def throughput(slots):
+    """Training images/s of these slots together."""
+    rehearse(slots, 1)  # captures the graphs
+    begun = time.perf_counter()
+    rehearse(slots, REHEARSAL)
+    return sum(REHEARSAL * slot.batch for slot in slots) / (time.perf_counter() - begun)
+
+
+def worthwhile_slots(config, data):
+    """As many slots as pay: their number is doubled while that raises the throughput by a tenth, within the memory.
+    The number that was found is remembered for the same GPU, model, precision, batch and version of PyTorch."""
+    memory = remembered(config, data)
+    slots, best = [], 0.0
+    known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None
+    while len(slots) < (known or MOST_SLOTS):
+        wanted = known or max(1, 2 * len(slots))
+        try:
+            more = [Slot(config, data) for _ in range(wanted - len(slots))]
+            if known:
+                return more
+            images = throughput([*slots, *more])
+        except RuntimeError as error:
+            if not out_of_memory(error) or not slots:
+                raise
+            break
+        if images < best * WORTHWHILE:
+            break
+        slots, best = [*slots, *more], images
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(memory, json.dumps(len(slots)).encode())
+    return slots
+
+
+def remembered(config, data):
+    """The file that remembers how many slots pay."""
+    what = [torch.__version__, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1], config.model, config.precision,
+            config.layout, config.batch_size, config.distillation > 0, config.average_weights > 0, data.channels,
+            data.height, data.width, data.num_classes, Path(__file__).read_text(encoding="utf-8")]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "epbt" / f"slots-{key}.json"
+
+
+def out_of_memory(error):
+    """Whether a GPU's memory was too small: cuDNN and CUDA have errors of their own for it, and within a capture the
+    error is the context of another."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
+                words in str(error) for words in ("out of memory", "unable to find an engine", "ALLOC_FAILED")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
