@@ -143,7 +143,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
 def run(config, train, test, space, report, begin):
     """Carry out a run whose config is settled. begin: when it was called, for the time until it trains."""
     data = read_data(config, train, test)
-    for line in data.describe():
+    for line in (f"{config.method} on {config.dataset}, preset {config.preset}", *data.describe()):
         report(line)
     space = checked_space(config.search_space(data.augmentation.cutout) if space is None else space)
     config = tried(replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device)), data, report)
