@@ -153,8 +153,9 @@ def figure_schedule(runs, title):
         column[-1].set_xlabel("epoch")
         for ax, drawn in zip(column, names, strict=True):
             for i, name in enumerate(drawn):
-                legend[name.replace("_", " ")] = ax.stairs(
-                    applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
+                line = ax.stairs(applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
+                if name not in others:
+                    legend[name.replace("_", " ")] = line
     for ax, name in zip(axes[:, 0], ("value", "log scale", *others), strict=True):
         ax.set_ylabel(name.replace("_", " "))
     add_legend(figure, legend)

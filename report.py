@@ -61,7 +61,8 @@ def outcome(run):
     return {
         "fitness": f"{best['fitness']:.2%}", "test accuracy": f"{best['test_accuracy']:.2%}",
         "individual": f"{best['id']} (generation {best['generation']})",
-        "ancestors": len(run.ancestry()) - 1, **readable(applied | best["hyperparameters"]),
+        "ancestors": len(run.ancestry()) - 1,
+        **readable(best.get("scores", {}) | applied | best["hyperparameters"]),
         "losses or settings tried": f"{numbers['tried']:,}", "epochs trained": f"{trained:,}",
         "epochs to train one network in full under each": f"{full:,} ({full / trained:.1f} times)",
         "duration": f"{run.seconds / 60:.3g} minutes",

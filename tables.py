@@ -43,7 +43,8 @@ class Run:
         self.seed, self.noise = config["seed"], config.get("label_noise") or 0
         self.row = re.sub(rf"(-{re.escape(f'{self.noise:g}')})?-{self.seed}$", "", name) or name
         self.problem = printable(f"{config['dataset']}, {config['model']}")
-        self.best = [fittest(line["population"]) for line in self.log]  # of each generation
+        fittest_ones = [fittest(line["population"]) for line in self.log]  # of each generation
+        self.best = [m.get("scores", {}) | m for m in fittest_ones]
         self.epochs = [(line["generation"] + 1) * config["epochs"] for line in self.log]
         self.total_epochs = config["generations"] * config["epochs"]
         self.finished = len(self.log) >= config["generations"]

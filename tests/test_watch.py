@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from tests.run_folders import THETA, evolved, write
 
 from figures import applied
 from records import RunError, fittest, read_log
 from tables import load_run
+from tests.run_folders import THETA, evolved, write
 from watch import FITNESS, TEST, watched
 
 pytest.importorskip("tensorboard")
