@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .build import BackendError, load_library
 from .plain import distilled_cross_entropy, generalized_cross_entropy, label_smoothing
-from .reference import REDUCTIONS, THETA_DTYPES, check_inputs, check_labels, reference_loss
+from .reference import REDUCTIONS, THETA_DTYPES, accumulate_dtype, check_inputs, check_labels, reference_loss
 
 __all__ = [
     "BackendError", "TaylorGLOLoss", "distilled_cross_entropy", "generalized_cross_entropy", "label_smoothing",
@@ -66,74 +66,78 @@ def taylorglo_loss(
     Args:
         logits: (B, C) or (B, C, d1, ...), C >= 1, float64, float32, float16 or bfloat16. Nothing else
             receives a gradient, and the fused backend has no second derivative.
-        labels: (B,) or (B, d1, ...) int64 in [0, C) or ignore_index. On the CPU another value raises
+        labels: (B,) or (B, d1, ...) int64 in [0, C), or ignore_index. On the CPU another value raises
             ValueError; on CUDA it makes the loss NaN.
         theta: (8,) float32 or float64 on the device of the logits, the parameters of Eq. 2.
         teacher_logits: like logits, or None. With it, Eq. 3: x = alpha softmax(teacher) + (1 - alpha) one-hot.
-        alpha: with a teacher only: a number in [0, 1], or a 0-d float32 or float64 tensor on the
-            device of the logits.
+        alpha: with a teacher only: a number in [0, 1], or a 0-d float32 or float64 tensor on the same device.
         ignore_index: predictions with this label do not count; None: all do.
         reduction: "mean" over those that count, "sum", or "none".
 
     Returns:
-        A 0-d tensor, or one like labels; float64 for float64 logits and float32 otherwise. NaN for
-        the mean of nothing, and for logits whose softmax is NaN.
+        A 0-d tensor, or one like labels; float64 for float64 logits, else float32. NaN for the mean of
+        nothing, and for logits whose softmax is NaN.
 
     Raises:
-        TypeError, ValueError: a wrong type or dtype; a wrong shape, device or value. The message names
-            the argument.
+        TypeError, ValueError: a wrong type, dtype, shape, device or value. The message names the argument.
     """
-    if teacher_logits is not None and torch.is_autocast_enabled(logits.device.type):  # may differ, as in every loss
-        logits, teacher_logits = (t if t.dtype == torch.float64 else t.float() for t in (logits, teacher_logits))
-    check_inputs(logits, labels, theta, teacher_logits, alpha, reduction)
-    shape = labels.shape
-    if len(shape) != 1:
-        logits, labels = _rows(logits), labels.reshape(-1)
+    arguments = logits, labels, theta, teacher_logits, alpha
+    try:
+        if teacher_logits is not None and torch.is_autocast_enabled(logits.device.type):  # dtypes may differ, as in
+            logits, teacher_logits = (t.to(accumulate_dtype(t.dtype)) for t in (logits, teacher_logits))  # any loss
+        if labels.dim() == 1:
+            return _loss(logits, labels, theta, teacher_logits, alpha, ignore_index, reduction)
+        check_inputs(logits, labels, theta, teacher_logits, alpha, reduction)
         teacher_logits = None if teacher_logits is None else _rows(teacher_logits)
-    if _backend(logits.device.type) == "fused":
-        is_tensor = isinstance(alpha, Tensor)
-        loss = torch.ops.taylorglo.loss.default(
-            logits, labels, theta, teacher_logits, alpha if is_tensor else None, None if is_tensor else alpha,
-            ignore_index, REDUCTIONS.index(reduction),
-        )  # fmt: skip
-    else:
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_labels(labels, logits.shape[1], ignore_index)
-        loss = reference_loss(logits, labels, theta, teacher_logits, alpha, ignore_index, reduction)
-    return loss.reshape(shape) if reduction == "none" else loss
+        loss = _loss(_rows(logits), labels.reshape(-1), theta, teacher_logits, alpha, ignore_index, reduction)
+        return loss.reshape(labels.shape) if reduction == "none" else loss
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        check_inputs(*arguments, reduction)  # says what was wrong, without costing a good call its time
+        raise
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """(B, C, d1, ...) as (B d1 ..., C)."""
-    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])  # (B, C, d1, ...) to (B d1 ..., C)
+
+
+def _loss(logits, labels, theta, teacher_logits, alpha, ignore_index, reduction) -> Tensor:
+    if _backend(logits.device.type) == "fused":
+        return torch.ops.taylorglo.loss.default(
+            logits, labels, theta, teacher_logits, *_alpha(alpha), ignore_index, REDUCTIONS.index(reduction)
+        )
+    check_inputs(logits, labels, theta, teacher_logits, alpha, reduction)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_labels(labels, logits.shape[1], ignore_index)
+    return reference_loss(logits, labels, theta, teacher_logits, alpha, ignore_index, reduction)
+
+
+def _alpha(alpha: float | Tensor | None) -> tuple[Tensor | None, float | None]:
+    return (alpha, None) if isinstance(alpha, Tensor) else (None, alpha)
 
 
 def loss_and_gradient(
     logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None = None,
     alpha: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`taylorglo_loss` and its gradient with respect to the logits, in one pass and outside autograd.
+    """:func:`taylorglo_loss` of logits (B, C) and its gradient with respect to them, outside autograd.
 
     A training step continues with ``logits.backward(gradient)``, and spares a GPU the launches between
-    a loss and the logits. Arguments as there, logits (B, C); every label counts. The gradient is like
-    the logits, but float32 for float16, so that it can be scaled before it is rounded.
+    the loss and the logits. Every label counts. The gradient is like the logits, but float32 for
+    float16, so that it can be scaled before it is rounded.
     """
-    logits = logits.detach() if isinstance(logits, Tensor) else logits
-    check_inputs(logits, labels, theta, teacher_logits, alpha)
-    if len(logits.shape) != 2:
-        raise ValueError(f"logits: expected shape (B, C), got {tuple(logits.shape)}")
-    if _backend(logits.device.type) == "fused":
-        is_tensor = isinstance(alpha, Tensor)
-        number = None if is_tensor else alpha
-        return torch.ops.taylorglo.loss_and_gradient.default(
-            logits, labels, theta, teacher_logits, alpha if is_tensor else None, number
-        )
-    if logits.device.type == "cpu":
-        check_labels(labels, logits.shape[1])
-    logits = (logits.float() if logits.dtype == torch.float16 else logits).requires_grad_()
-    with torch.enable_grad():
-        loss = reference_loss(logits, labels, theta, teacher_logits, alpha)
-    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+    try:
+        logits = logits.detach()
+        if _backend(logits.device.type) == "fused":
+            arguments = logits, labels, theta, teacher_logits, *_alpha(alpha)
+            return torch.ops.taylorglo.loss_and_gradient.default(*arguments)
+        half = logits.dtype == torch.float16
+        logits = (logits.float() if half else logits).requires_grad_()
+        with torch.enable_grad():
+            loss = _loss(logits, labels, theta, teacher_logits, alpha, None, "mean")
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        check_inputs(logits, labels, theta, teacher_logits, alpha)
+        raise
 
 
 class TaylorGLOLoss(nn.Module):

@@ -32,8 +32,8 @@ inline at::ScalarType gradient_type(const Tensor& logits) {
   return logits.scalar_type() == at::kHalf ? at::kFloat : logits.scalar_type();
 }
 
-inline bool is_number(const Tensor& tensor, int64_t numbers) {
-  return tensor.sym_numel() == numbers &&
+inline bool is_real(const Tensor& tensor, int64_t dimensions, int64_t numbers) {
+  return tensor.dim() == dimensions && tensor.sym_numel() == numbers &&
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
@@ -42,9 +42,11 @@ inline void check_fit(TAYLORGLO_PARAMETERS) {
   const bool fits =
       logits.dim() == 2 && logits.sym_size(1) >= 1 && logits.sym_size(1) <= std::numeric_limits<int>::max() &&
       logits.sym_size(0) < (1 << 30) && labels.dim() == 1 && labels.sym_size(0) == logits.sym_size(0) &&
-      labels.scalar_type() == at::kLong && labels.device() == device && is_number(theta, 8) &&
-      theta.device() == device && (!alpha || (is_number(*alpha, 1) && alpha->device() == device)) &&
-      (!teacher_logits || (teacher_logits->sym_sizes() == logits.sym_sizes() && (alpha || alpha_number) &&
+      labels.scalar_type() == at::kLong && labels.device() == device && is_real(theta, 1, 8) &&
+      theta.device() == device && teacher_logits.has_value() == (alpha || alpha_number) &&
+      (!alpha || (is_real(*alpha, 0, 1) && alpha->device() == device)) &&
+      (!alpha_number || (*alpha_number >= 0 && *alpha_number <= 1)) &&
+      (!teacher_logits || (teacher_logits->sym_sizes() == logits.sym_sizes() &&
                            teacher_logits->scalar_type() == logits.scalar_type() &&
                            teacher_logits->device() == device));
   TORCH_CHECK_VALUE(fits, "taylorglo: arguments that do not fit; taylorglo_ext.taylorglo_loss says which");
