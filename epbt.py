@@ -164,7 +164,7 @@ def run(config, train, test, space, report, clock):
         clock.lap("workers")
         report(f"ready in {clock}")
         generations = METHODS[config.method](config, space, data, Workers(pool, folder, bar), folder)
-        for g, population in watched(generations, folder) if config.tensorboard else generations:
+        for g, population in watched(generations, folder.path) if config.tensorboard else generations:
             with bar.external_write_mode():
                 report(progress_line(config, g, population, folder.evaluated()))
         pool.close()  # which frees a GPU's memory
