@@ -126,13 +126,14 @@ class Slot(Trainer):
                        "--no-graphs") from error
 
     def rehearse(self, count):
-        """So many training steps as most of the run's are, from wherever the weights are."""
-        theta = dict.fromkeys((f"theta{i}" for i in range(8)), 1.0) if self.config.evolves_theta else {}
-        stand_in = Path("stand-in") if self.config.distillation else None
-        self.set_hyperparameters({**self.config.fixed(self.data.augmentation.cutout), **theta},
-                                 Task(Individual(0, 0, {}), Path(), teacher=stand_in))
-        self.make_networks(seed=0)
-        self.set_rates(0.0, 0.0, 0.0)
+        """So many training steps as most of the run's are, of a slot that has evaluated nothing."""
+        if self.network is None:
+            theta = dict.fromkeys((f"theta{i}" for i in range(8)), 1.0) if self.config.evolves_theta else {}
+            stand_in = Path("stand-in") if self.config.distillation else None
+            self.set_hyperparameters({**self.config.fixed(self.data.augmentation.cutout), **theta},
+                                     Task(Individual(0, 0, {}), Path(), teacher=stand_in))
+            self.make_networks(seed=0)
+            self.set_rates(0.0, 0.0, 0.0)
         while count > 0:
             self.repeat(self.step, min(count, self.steps))
             count -= self.steps
