@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 
 def plain(text):
-    """Text that can be printed, drawn and written as UTF-8, in one line: control characters and
-    bytes of a file's name that are no UTF-8 are escaped."""
+    """The text in one line that can be printed, drawn and written as UTF-8: control characters,
+    and bytes of a file's name that are no UTF-8, are escaped."""
     unsafe = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(unsafe, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
@@ -29,7 +29,7 @@ class ConfigError(Exception):
 
 
 class OneLine(Exception):
-    """Its message is one clear line, whatever it quotes."""
+    """Its message is one line, whatever it quotes."""
 
     def __init__(self, text=""):
         super().__init__(message(text))
@@ -44,11 +44,10 @@ class RunError(OneLine):
 
 
 @contextmanager
-def told(what):
-    """Whatever is raised within, also by other people's code, becomes a DataError about `what`."""
+def told(what, advice=""):
+    """Whatever is raised within, also by other people's code, becomes a DataError."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"{what}: {error}") from error
     except Exception as error:
-        raise DataError(f"{what}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+        raise DataError(f"{what}: {kind}{error}{advice}") from error
