@@ -1,6 +1,7 @@
 """Data sets as uint8 tensors, split and measured by `make_data` (Sec. 4)."""
 
 import hashlib
+import math
 import operator
 import os
 from collections import Counter
@@ -91,12 +92,11 @@ CAREFUL = ("flips can turn one class into another, and cutouts can hide what dec
 
 
 def load_data(name: str, root="", image_size=32, download=False, augmentation="auto", **settings):
-    """The Data called `name` (one of DATASETS), or of the folder of images at the path `name`.
+    """The Data called `name`, one of DATASETS, or that of the folder of images at this path.
 
-    root: where the published files are, or are downloaded to; empty: $EPBT_DATA or ./data.
-    image_size: side in pixels to which a folder's images are resized. augmentation: "auto" shifts
-    these, and is "none" for the others. settings: those of `make_data`. Raises DataError.
-    """
+    root: where the published files are, or come to; empty: $EPBT_DATA or ./data. image_size: side
+    in pixels to which a folder's images are resized. augmentation: "auto" shifts a folder's images.
+    settings: those of `make_data`. Raises DataError."""
     with told(f"--data-root {root}"):
         root = Path(root or os.environ.get("EPBT_DATA") or "data").expanduser()
     folder = os.path.expanduser(name)
@@ -120,8 +120,8 @@ def load_data(name: str, root="", image_size=32, download=False, augmentation="a
 def hold_out(images, labels):
     """Hold out a fifth of each class for the test, at least one image, the same in every run."""
     order = in_shares(labels, np.random.default_rng(0).permutation(len(labels)), least=1)
-    n = max(len(np.unique(labels)), -(-len(labels) // 5))
-    return tuple((images[part], labels[part]) for part in (np.sort(order[n:]), np.sort(order[:n])))
+    n = max(len(np.unique(labels)), math.ceil(len(labels) / 5))
+    return [(images[part], labels[part]) for part in (np.sort(order[n:]), np.sort(order[:n]))]
 
 
 def in_shares(labels, order, least):
@@ -142,17 +142,16 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
 
     train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style Dataset
         of (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL's.
-    class_names: None is the list `classes` of a Dataset, or else the labels, then 0, 1, ...
-    validation: training images that are held out to measure the fitness; below 1, a share of them.
+    class_names: None: those of a Dataset's list `classes`, or else the labels, then 0, 1, ...
+    validation: images of `train` that measure the fitness; below 1, a share of them.
     enlarge: so many augmented copies are made of each of these (Sec. 4.1); 1 leaves them.
-    augmentation: an Augmentation, or a text for `parse_augmentation`; "auto" is none.
-    train_on_all: train on the validation images as well, as Baseline 1 does (Sec. 4.1).
+    augmentation: what `parse_augmentation` takes; "auto" is none.
+    train_on_all: train on the validation images too, as Baseline 1 does (Sec. 4.1).
     limit: how many images of `train` are used, validation included; 0 is all.
     label_noise, label_noise_kind: see `wrong_labels`; the test's labels stay as they are.
     notes: lines that `Data.describe` repeats.
     Each class has its share, and an image at least, in training and in validation. All that is
-    random is a function of `seed`. Raises DataError.
-    """
+    random is a function of `seed`. Raises DataError."""
     notes = list(notes)
     listed = [source.classes for source in (train, test)  # as torchvision's data sets have it
               if isinstance(getattr(source, "classes", None), list | tuple)]
@@ -186,8 +185,7 @@ def check(train, test, class_names):
     """The names of the classes as text. Raises DataError for what does not fit together."""
     shape, test_shape = (tuple(s.images.shape[1:]) for s in (train, test))
     if shape != test_shape:
-        raise DataError(f"the training images are {shape}, but the test images {test_shape} "
-                        "(channels, height, width)")
+        raise DataError(f"the training images are {shape}, but the test images {test_shape}")
     found = len(train.labels.unique())
     names = tuple(map(plain, class_names or range(found)))
     low, high = torch.cat([train.labels, test.labels]).aminmax()
@@ -260,8 +258,7 @@ def read_images(source, part, notes):
         else:
             images, labels, done = read_dataset(source)
             notes.extend(f"{n} {part} {what}" for what, n in done.items())
-        shape = tuple(images.shape)
-        whole = not labels.is_floating_point() and not labels.is_complex()
+        shape, whole = tuple(images.shape), torch.can_cast(labels.dtype, torch.int64)
         channels_last = len(shape) == 4 and shape[3] <= 4 < shape[1]
         if len(shape) != 4 or labels.shape != shape[:1] or 0 in shape or channels_last or not whole:
             raise DataError(f"the shapes are {shape} and {tuple(labels.shape)}, the labels "
