@@ -190,8 +190,8 @@ def check(train, test, class_names):
     names = tuple(map(plain, class_names or range(found)))
     low, high = torch.cat([train.labels, test.labels]).aminmax()
     if low < 0 or high >= len(names):
-        raise DataError(f"the labels are {low} to {high}, {found} classes in training; accepted are "
-                        f"0 to {len(names) - 1}, with gaps only where class_names has them all")
+        raise DataError(f"the labels are {low} to {high}, {found} classes in training; accepted "
+                        f"are 0 to {len(names) - 1}, with gaps only where class_names has them all")
     counts, tests = (s.labels.bincount(minlength=len(names)).tolist() for s in (train, test))
     rare = [i for i, n in enumerate(counts) if n == 1 or n == 0 and tests[i]]
     if rare:

@@ -35,8 +35,9 @@ def test_augmentation_by_hand(draw, text, expected):
     batch = make_batch(*arguments, torch.zeros(1), torch.ones(1))
     assert batch.dtype == torch.float32 and batch[0, 0].tolist() == expected
     mean, std = torch.tensor([5.0]), torch.tensor([2.0])
-    cut = torch.tensor(expected) == 0 if augmentation.cutout else torch.zeros(3, 3, dtype=torch.bool)
-    expected = ((torch.tensor(expected) - 5) / 2).masked_fill(cut, 0)  # it becomes the mean
+    pixels = torch.tensor(expected)
+    cut = (pixels == 0) & (augmentation.cutout > 0)  # it becomes the mean
+    expected = ((pixels - 5) / 2).masked_fill(cut, 0)
     assert torch.equal(make_batch(*arguments, mean, std)[0, 0], expected)
 
 
@@ -108,7 +109,8 @@ def test_normalize(channels):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("none", Augmentation()), ("flip", Augmentation(flip=True)), ("cutout", Augmentation(False, 0, 16)),
+    ("none", Augmentation()), ("flip", Augmentation(flip=True)),
+    ("cutout", Augmentation(cutout=16)),
     ("Shift, flip", Augmentation(True, 4)), ("flip shift cutout", Augmentation(True, 4, 16)),
     ("cutout=40 shift=0", Augmentation(cutout=40)), ("shift=31", Augmentation(shift=31)),
     ("", None), ("flop", None), ("none flip", None), ("flip rotate", None), ("flip=1", None),

@@ -12,7 +12,7 @@ from data import DataError, load_data, make_data
 
 
 def numbered(n, channels=3, height=8, width=8, first=0):
-    """n random images, their number in two corners as `numbers` reads it; the label: its last digit."""
+    """n random images with their number in two corners; the label is its last digit."""
     shape = n, channels, height, width
     images = np.random.default_rng(first).integers(0, 256, shape, dtype=np.uint8)
     number = np.arange(first, first + n)
@@ -140,7 +140,7 @@ def test_enlarged_validation_images():
 
 
 def augmented(image, mean):
-    """Each flip and shift by up to 2, with each 3x3 square set to the mean, of an image (C, 8, 8)."""
+    """An image (C, 8, 8) flipped and shifted by up to 2, each 3x3 square set to the mean."""
     padded = torch.nn.functional.pad(image, (2, 2, 2, 2))
     for dy, dx, y, x, flip in np.ndindex(5, 5, 8, 8, 2):
         cut = padded[:, dy:dy + 8, dx:dx + 8].flip([2] * flip).clone()
@@ -268,7 +268,7 @@ def broken(item_13):
     ((IMAGES, LABELS, LABELS), "(tuple): item 0"),
     (torch.utils.data.DataLoader(Listed(*GOOD)), "(DataLoader): item 0: TypeError"),
     (STREAMED, "(Streamed): item 0: NotImplementedError"),
-    (broken(lambda: {}["label"]), "item 13: KeyError: 'label'; accepted are a pair (images, labels)"),
+    (broken(lambda: {}["label"]), "item 13: KeyError: 'label'; accepted are a pair (images, "),
     (broken(lambda: (int("seven"), 1)), "item 13: ValueError: invalid literal for int()"),
     (broken(lambda: (Image.open(io.BytesIO(PNG.getvalue()[:900])), 1)), "item 13: OSError: "),
     (broken(lambda: (Image.open(io.BytesIO(b"")), 1)), "item 13: UnidentifiedImageError"),

@@ -104,7 +104,8 @@ def test_svhn(tmp_path, monkeypatch):
     found = load_data("svhn", tmp_path, validation=20)
     first = {split: 100 * i for i, split in enumerate(SVHN.split_list)}
     ids = sorted(first[split] + i for split in ("train", "extra") for i in range(30))
-    originals = [numbered(30, 3, 32, 32, first=i)[0] for i in sorted((first["train"], first["extra"]))]
+    starts = sorted((first["train"], first["extra"]))
+    originals = [numbered(30, 3, 32, 32, first=start)[0] for start in starts]
     check(found, np.concatenate(originals), ids, border=0)
     assert numbers(found.test).tolist() == [first["test"] + i for i in range(30)]
     assert len(found.validation) == 20
