@@ -116,8 +116,6 @@ class Config:
     known_losses: CountOrAuto = 0
     """So many initial individuals start from a loss that is known to learn, under Baseline 1's rates:
     evolution.known_loss; 0 is the paper."""
-    viable_init: bool = False
-    """Draw initial losses again that train backwards; not in the paper."""
     high_rates: bool = False
     """Leave low learning rates and momenta out of the search space; not in the paper."""
     evolve_cutout: bool = False
@@ -138,8 +136,6 @@ class Config:
     """taylorglo is Eq. 2, evolved by epbt, while the others then have cross-entropy."""
     distillation: Share = 0.8
     """alpha of Eq. 3 in the last generation, rising from 0; 0.8 is that of the paper's [23]."""
-    normalize_loss: bool = False
-    """Scale each loss so that its first step is as large as cross-entropy's; not in the paper."""
     add_cross_entropy: bool = False
     """Add cross-entropy to Eq. 2, so that Eq. 2 regularizes; not in the paper."""
     loss_backend: Literal["auto", "fused", "reference"] = "auto"

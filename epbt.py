@@ -67,9 +67,8 @@ def epbt(config, space, data, workers, run):
         rng = random_stream("evolution", config.seed, g)
         alive = [m for m in M if not m.diverged]
         if not alive:  # Sec. 3.2, Initialization; paper: unspecified: again, should a whole generation have diverged
-            known = {**config.fixed(), **known_loss(data.num_classes)}
-            h = initialize(space, config.population, rng, data.num_classes if config.viable_init else None, known,
-                           config.known_losses)
+            known = {**config.fixed(data.augmentation.cutout), **known_loss(data.num_classes)}
+            h = initialize(space, config.population, rng, known, config.known_losses)
             elites, N = [], newborn(M, g, as_dicts(space, h))
             teacher, alpha = None, 0.0
         else:
