@@ -24,7 +24,6 @@ from evolution import (
     select_elites,
     tournament,
 )
-from taylorglo_ext.reference import reference_loss
 
 MANY = 20_000  # draws; a frequency of p then has a standard deviation of at most 0.0035
 CLOSE = 0.016  # more than four of them
