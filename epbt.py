@@ -32,8 +32,19 @@ from baselines import independent, pbt
 from config import Config, check, flag
 from data import load_data, make_data
 from errors import ConfigError, DataError, RunError, message, nearest
-from evolution import (Variable, as_array, as_dicts, crossover, initialize, known_loss, mutate,
-                       pulse, random_stream, select_elites, tournament)
+from evolution import (
+    Variable,
+    as_array,
+    as_dicts,
+    crossover,
+    initialize,
+    known_loss,
+    mutate,
+    pulse,
+    random_stream,
+    select_elites,
+    tournament,
+)
 from models import factory_name, find_factory
 from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest, read_config
@@ -87,9 +98,8 @@ def epbt(config, space, data, workers, run):
 
 def first_generation(config, space, data, rng):
     """h of the initial population."""
-    known = {**config.fixed(), **known_loss(data.num_classes)}
-    viable_for = data.num_classes if config.viable_init else None
-    return initialize(space, config.population, rng, viable_for, known, config.known_losses)
+    known = {**config.fixed(data.augmentation.cutout), **known_loss(data.num_classes)}
+    return initialize(space, config.population, rng, known, config.known_losses)
 
 
 def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
