@@ -110,7 +110,7 @@ noise_runs() {  # noise_runs SHARE OPTIONS: the methods on one data set with a s
     experiment pbt-$share            --method pbt "${options[@]}"
     experiment epbt-$share           --method epbt "${options[@]}"
     experiment epbt-cross-entropy-$share --method epbt "${options[@]}" --loss cross-entropy
-    experiment epbt-published-$share --method epbt "${options[@]}" --known-losses 0
+    experiment epbt-published-$share --method epbt "${options[@]}" --preset paper
     replays replay-$share epbt-$share "${options[@]}"
 }
 noise_rows="baseline early-stopping gce gce-early-stopping label-smoothing pbt epbt epbt-cross-entropy epbt-published replay"
@@ -142,7 +142,7 @@ scale() {
     scale=scale seeds=${SEEDS:-1}
     experiment baseline       --method baseline $data
     experiment epbt           --method epbt $data
-    experiment epbt-published --method epbt $data --known-losses 0
+    experiment epbt-published --method epbt $data --preset paper
     experiment pbt            --method pbt $data
     draw scale baseline pbt epbt epbt-published
 }
@@ -178,13 +178,12 @@ ablations() {
     experiment without-distillation   --method epbt $first --distillation 0
     experiment without-crossover      --method epbt $first --crossover 0
     experiment without-taylorglo      --method epbt $first --loss cross-entropy
-    experiment with-viable-init       --method epbt $first --viable-init
-    experiment with-normalized-loss   --method epbt $first --viable-init --normalize-loss
+    experiment with-known-losses      --method epbt $first --known-losses 2
     experiment with-cross-entropy     --method epbt $first --add-cross-entropy
     experiment with-averaged-weights  --method epbt $first --average-weights 1
     experiment best                   --method epbt $first --preset best
     draw ablations figure2/epbt without-novelty without-pulsation without-distillation without-crossover \
-        without-taylorglo with-viable-init with-normalized-loss with-cross-entropy with-averaged-weights best
+        without-taylorglo with-known-losses with-cross-entropy with-averaged-weights best
 }
 
 replays() {  # replays NAME RUN OPTIONS: one network by the schedule that each run of RUN evolved
