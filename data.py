@@ -196,7 +196,7 @@ def check(train, test, class_names):
     rare = [i for i, n in enumerate(counts) if n == 1 or n == 0 and tests[i]]
     if rare:
         raise DataError(f"{len(rare)} of {len(names)} classes, first {names[rare[0]]}, have less "
-                        "than two images, one to train and one to validate")
+                        "than two training images, of which one validates")
     if found < 2:
         raise DataError("all images are of one class; accepted are two classes or more")
     return names
@@ -221,8 +221,11 @@ def shuffled(labels, limit, validation, rng):
 def wrong_labels(labels, used, share, kind, num_classes, rng):
     """labels (N,) in which a share of those at the indices `used` is another class: "uniform", each
     of the others equally often, or "pair", the next one (after the last, the first)."""
+    if not 0 <= share < 1 or kind not in ("uniform", "pair"):
+        raise DataError("--label-noise must be at least 0 and below 1, of the kind uniform or pair,"
+                        f" not {share!r} {kind!r}")
     wrong = used[torch.from_numpy(rng.permutation(len(used))[:round(share * len(used))])]
-    further = rng.integers(1, {"uniform": num_classes, "pair": 2}[kind], len(wrong))
+    further = rng.integers(1, num_classes if kind == "uniform" else 2, len(wrong))
     return labels.index_add(0, wrong, torch.from_numpy(further)) % num_classes
 
 

@@ -63,7 +63,7 @@ def read_image_folder(folder, size, intake=None):
 
 
 def split_of(name):
-    """The kind of split, a key of SPLITS, that a name is like, with any affixes and case, or None."""
+    """The key of SPLITS whose names a name is like, with any affixes and in any case, or None."""
     words = " ".join(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()))
     kinds = [kind for kind, pattern in SPLITS.items() if re.search(pattern, words)]
     return kinds[0] if len(kinds) == 1 else "other" if kinds else None

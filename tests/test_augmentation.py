@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from augmentation import (
-    Augmentation,
-    draw_augmentation,
-    make_batch,
-    normalize,
-    parse_augmentation,
-)
-from tests.test_data import error_line, numbered
+from augmentation import Augmentation, draw_augmentation, make_batch, normalize, parse_augmentation
+from tests.test_data import error_line
 
 SQUARE = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]], dtype=torch.uint8)
 
@@ -74,6 +68,9 @@ def test_batch_equals_pixel_by_pixel(augmentation, channels, height, width, memo
     arrays = (t.numpy() for t in (images, index, draws))
     expected = torch.from_numpy(slow_batch(*arrays, augmentation, mean.numpy(), std.numpy()))
     torch.testing.assert_close(batch, expected)
+    batch, before = normalize(images, mean, std), images.clone()
+    torch.testing.assert_close(batch, (before - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
+    assert torch.equal(images, before) and batch.is_contiguous(memory_format=torch.channels_last)
     last = make_batch(images[4:], index % 2, draws, augmentation, mean, std)  # of a larger tensor
     assert torch.equal(last, make_batch(images, 4 + index % 2, draws, augmentation, mean, std))
 
@@ -96,16 +93,6 @@ def test_draws_cover_their_ranges():
         share = np.bincount(column, minlength=size) / 4000
         assert share == pytest.approx([1 / size] * size, abs=0.03)  # more than 4 standard errors
     assert not draw_augmentation(Augmentation(), 100, 7, 5, rng).any()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_normalize(channels):
-    images = torch.from_numpy(numbered(5, channels, 6, 7)[0])
-    mean, std = torch.rand(channels) * 255, torch.rand(channels) * 80 + 1
-    before, batch = images.clone(), normalize(images, mean, std)
-    torch.testing.assert_close(batch, (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1))
-    assert batch.dtype == torch.float32 and batch.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("text, expected", [

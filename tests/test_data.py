@@ -1,4 +1,4 @@
-"""Splits and their statistics, wrong labels, data sets of one's own, and the digits."""
+"""Splits and their statistics, data sets of one's own, and the digits."""
 
 import io
 
@@ -148,26 +148,6 @@ def augmented(image, mean):
         yield cut
 
 
-@pytest.mark.parametrize("kind, further", [("uniform", range(1, 10)), ("pair", [1])])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
-def test_a_share_of_the_labels_becomes_another_class(share, kind, further):
-    options = dict(n=2000, validation=500, label_noise_kind=kind)
-    plain, found = (custom(label_noise=s, **options) for s in (0, share))
-    clean = torch.cat([plain.train.labels, plain.validation.labels])
-    wrong = (torch.cat([found.train.labels, found.validation.labels]) - clean) % 10
-    assert (wrong > 0).sum() == round(2000 * share)  # in both parts together, and in each about
-    assert (wrong[1500:] > 0).sum().item() == pytest.approx(500 * share, abs=40)
-    expected = [2000 * share / len(further) * (i in further) for i in range(1, 10)]
-    seen = torch.bincount(wrong, minlength=10)[1:].tolist()
-    assert seen == pytest.approx(expected, abs=50 if kind == "uniform" else 1)
-    assert torch.equal(found.test.labels, plain.test.labels) and plain.train_clean is None
-    assert torch.equal(found.train.images, plain.train.images)
-    assert share == 0 or torch.equal(found.train_clean, plain.train.labels)
-    everything = custom(label_noise=share, train_on_all=True, **options)
-    labels = torch.cat([found.validation.labels, found.train.labels])
-    assert torch.equal(labels, everything.train.labels)
-
-
 class Listed(torch.utils.data.Dataset):
     """Pairs; item 13 is what a function gives, or raises."""
 
@@ -225,7 +205,7 @@ def test_class_names():
     named = make_data(gaps, gaps, class_names=["no", *"abcdef", "y\ne\udce9s"])
     assert named.num_classes == 8 and named.class_names[7] == "y\\ne\\udce9s"
     assert "no [18, 2, 20]; a [0, 0, 0]; b" in named.describe()[1]
-    words = "1 of 8 classes, first b, have less than two images"  # to train, and some to test
+    words = "1 of 8 classes, first b, have less than two training images"  # to train, and some to test
     assert words in error_line(make_data, gaps, (images, labels % 2 * 2), class_names="nabcdefy")
 
 
@@ -261,7 +241,7 @@ def broken(item_13):
     ((IMAGES, LABELS + 1), "the labels are 0 to 10, 10 classes"),
     ((IMAGES, LABELS * 10**9), "the labels are 0 to 9000000000, 10 classes"),
     ((IMAGES, LABELS * 0), "the labels are 0 to 9, 1 classes in training; accepted are 0 to 0"),
-    (numbered(19), "1 of 10 classes, first 9, have less than two images"),
+    (numbered(19), "1 of 10 classes, first 9, have less than two training images"),
     (Listed([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], [0, 1]), "[3, 8, 9] at entry 1"),
     (Listed([], []), "(0,)"), (Listed(["a"], [0]), "item 0: TypeError"),
     (None, "(NoneType): TypeError"), (torch.from_numpy(IMAGES), "(Tensor): item 0: ValueError"),

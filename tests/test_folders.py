@@ -90,17 +90,23 @@ def test_names_of_splits():
     assert found == NAMES
 
 
-@pytest.mark.parametrize("parts, nested", [
-    *((parts, True) for parts in (
-        "train val", "train test valid", "Train TEST meta", "red test train", "train other", "train",
-        "TRAIN TEST TEST_SIMPLE", "train holdout", "seg_train seg_test seg_pred", "train sample",
-        "training evaluation validation", "train-set test-set extra", "fold_1 fold_2", "part1 part2",
-        "train Test test", "2019 2020 2021")), ("test train", False), ("Train unlabelled", False)])
-def test_splits_that_are_refused(tmp_path, parts, nested):
+@pytest.mark.parametrize("parts", [
+    "train val", "train test valid", "Train TEST meta", "red test train", "train other", "train",
+    "TRAIN TEST TEST_SIMPLE", "train holdout", "seg_train seg_test seg_pred", "train sample",
+    "training evaluation validation", "train-set test-set extra", "fold_1 fold_2", "2019 2020 2021",
+    "train Test test"])
+def test_splits_that_are_refused(tmp_path, parts):
     for part in parts.split():
-        write_folder(tmp_path / part if nested else tmp_path, COLOURS if nested else [part], n=1)
-    words = "not like classes" if nested else "beside the folders" * (parts == "test train")
-    assert words in refused(tmp_path) and str(tmp_path) in refused(tmp_path)
+        write_folder(tmp_path / part, n=1)
+    assert f"{tmp_path} has the subfolders " in refused(tmp_path)
+    assert "look like parts of a data set, not like classes; accepted are" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("parts, words", [
+    ("test train", "beside the folders"), ("Train unlabelled", "look like parts of a data set")])
+def test_splits_without_classes(tmp_path, parts, words):
+    write_folder(tmp_path, parts.split(), colour=(1, 2, 3))
+    assert words in refused(tmp_path)
 
 
 @pytest.mark.parametrize("parts", [
@@ -120,7 +126,7 @@ def test_rare_classes(tmp_path, counts, rare):
     for i, n in enumerate(counts):  # one class may have the name of a split
         write_folder(tmp_path, ["train" if i == len(counts) - 1 else f"c{i:02}"], n, (i, i, i))
     if rare:
-        assert "first train, have less than two images" in refused(tmp_path)
+        assert "first train, have less than two training images" in refused(tmp_path)
     for seed in range(0 if rare else 3):
         found = load_data(str(tmp_path), seed=seed)
         for image_set in (found.train, found.validation, found.test):
@@ -173,7 +179,8 @@ def saved(mode, kind, **options):
 
 
 @pytest.mark.parametrize("content", [
-    png16(0, 1), png16(2, 3), png16(4, 2), png16(6, 4), saved("RGB", "SGI", bpc=2), b"", b"nothing", png16(2, 3)[:60],
+    png16(0, 1), png16(2, 3), png16(4, 2), png16(6, 4), png16(2, 3)[:60], b"", b"nothing",
+    saved("RGB", "SGI", bpc=2), saved("I;16", "TIFF"),
     b"P6 8 8 65535\n" + bytes(384), b"P6 8 8 1023\n" + bytes(384), b"P3 8 8 256\n" + b"9 " * 192,
     b"P5 8 8 65535\n" + bytes(128)])
 def test_images_that_cannot_be_read(tmp_path, content):
@@ -223,8 +230,8 @@ def test_links(tmp_path, link, target, words):
 
 
 @pytest.mark.parametrize("made, words", [
-    ("rm -r red blue", "images has 0 classes, where two are the least; accepted are FOLDER/<class>"),
-    ("rm -r blue", "images has 1 classes"), ("touch 0.png", "has 1 files beside the folders of the"),
+    ("rm -r red blue", "images has 0 classes, where two are the least; accepted are FOLDER/<clas"),
+    ("rm -r blue", "images has 1 classes"), ("touch 0.png", "has 1 files beside the folders of "),
     ("mkdir green; touch green/a.txt", "images has 1 classes without an image, first green; "),
     ("mkfifo red/pipe", "pipe is no file and no folder"), ("mkdir red/closed", "PermissionError: "),
 ])
