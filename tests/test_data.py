@@ -205,7 +205,7 @@ def test_class_names():
     named = make_data(gaps, gaps, class_names=["no", *"abcdef", "y\ne\udce9s"])
     assert named.num_classes == 8 and named.class_names[7] == "y\\ne\\udce9s"
     assert "no [18, 2, 20]; a [0, 0, 0]; b" in named.describe()[1]
-    words = "1 of 8 classes, first b, have less than two training images"  # to train, and some to test
+    words = "1 of 8 classes, first b, have less than two training images"
     assert words in error_line(make_data, gaps, (images, labels % 2 * 2), class_names="nabcdefy")
 
 
