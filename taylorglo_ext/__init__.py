@@ -1,9 +1,4 @@
-"""The TaylorGLO loss of Eq. 2 with the distilled labels of Eq. 3, forward and gradient in one pass, on CPU
-and CUDA.
-
-In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTION (the softmax of the
-logits); this is the reverse of the usual habit. n is the number of classes.
-"""
+"""The TaylorGLO loss of Eq. 2 with the distilled labels of Eq. 3, and its gradient, in one pass on CPU and CUDA."""
 
 import warnings
 from collections.abc import Sequence
@@ -119,19 +114,21 @@ def loss_and_gradient(
     logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None = None,
     alpha: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`taylorglo_loss` of logits (B, C) and its gradient with respect to them, outside autograd.
+    """:func:`taylorglo_loss` of logits (B, C), and its gradient with respect to them, outside autograd.
 
-    A training step continues with ``logits.backward(gradient)``, and spares a GPU the launches between
-    the loss and the logits. Every label counts. The gradient is like the logits, but float32 for
-    float16, so that it can be scaled before it is rounded.
+    A training step goes on with ``logits.backward(gradient)``, without a GPU's launches between loss
+    and logits. Every label counts. The gradient is like the logits, but float32 for float16, so that
+    it can be scaled before it is rounded.
     """
     try:
         logits = logits.detach()
         if _backend(logits.device.type) == "fused":
             arguments = logits, labels, theta, teacher_logits, *_alpha(alpha)
             return torch.ops.taylorglo.loss_and_gradient.default(*arguments)
-        half = logits.dtype == torch.float16
-        logits = (logits.float() if half else logits).requires_grad_()
+        if logits.dtype == torch.float16:
+            check_inputs(logits, labels, theta, teacher_logits, alpha)
+            logits, teacher_logits = logits.float(), None if teacher_logits is None else teacher_logits.float()
+        logits.requires_grad_()
         with torch.enable_grad():
             loss = _loss(logits, labels, theta, teacher_logits, alpha, None, "mean")
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
@@ -141,11 +138,9 @@ def loss_and_gradient(
 
 
 class TaylorGLOLoss(nn.Module):
-    """:func:`taylorglo_loss` in the place of ``nn.CrossEntropyLoss``; theta is a float32 buffer and is not
-    trained. ``model.half()`` leaves it as it is.
+    """:func:`taylorglo_loss` in the place of ``nn.CrossEntropyLoss``; theta is a float32 buffer, not trained.
 
-    With add_cross_entropy (not in the paper) it is added to the loss, with the labels of Eq. 3 where
-    there is a teacher.
+    With add_cross_entropy (not in the paper) that is added, with the labels of Eq. 3 where there is a teacher.
     """
 
     def __init__(
@@ -159,7 +154,7 @@ class TaylorGLOLoss(nn.Module):
         if self.theta.shape != (8,):
             raise ValueError(f"theta: expected 8 numbers, got shape {tuple(self.theta.shape)}")
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn, recurse=True):  # model.half() leaves theta as it is
         exact = self.theta
         super()._apply(fn, recurse)
         if self.theta.dtype not in THETA_DTYPES:

@@ -1,7 +1,7 @@
 """Builds the fused operator just in time, once per machine, and loads it.
 
-A build runs in a folder of its own, and the library is renamed into the cache only when it is complete, under a lock that
-the operating system drops with its process. So a build that was killed leaves nothing that the next one would wait for.
+A build runs in a folder of its own, under a lock that the operating system drops with its process, and
+the library goes into the cache only when it is complete. So a killed build leaves nothing to wait for.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ import torch
 SOURCES = {"cpu": ("taylorglo.cpp",), "cuda": ("taylorglo_cuda.cpp", "taylorglo.cu")}
 HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "operator.h")
 CXX_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")  # psabi: a note on vector arguments, which are inlined
-CUDA_FLAGS = ("-O3", "--threads=2")  # of nvcc, for several architectures
 
 _folder = Path(__file__).parent
 _loaded: set[str] = set()
@@ -60,7 +59,7 @@ def _load_target(target: str) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether the library is there as it was built: to load one that was cut off kills the process."""
+    """Whether the library is as it was built: to load one that was cut off kills the process."""
     try:
         return library.with_suffix(".sha256").read_text(encoding="utf-8") == _seal(library)
     except OSError:
@@ -75,7 +74,8 @@ def _seal(library: Path) -> str:
 def cached_library(target: str) -> Path:
     """Where the library for this machine is, or will be: its name says what it depends on."""
     parts = [torch.__version__, str(torch.version.cuda), platform.machine(), os.environ.get("CXX", "")]
-    parts += [(_folder / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES[target], Path(__file__).name)]
+    sources = (*HEADERS, *SOURCES[target], Path(__file__).name)
+    parts += [(_folder / name).read_text(encoding="utf-8") for name in sources]
     parts += [_processor(), _architectures() if target == "cuda" else ""]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -86,14 +86,14 @@ def cached_library(target: str) -> Path:
 def _processor() -> str:
     """What -march=native depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
 def _architectures() -> str:
-    """The compute capabilities to build for, in the form of TORCH_CUDA_ARCH_LIST, which overrides the visible GPUs'."""
+    """The compute capabilities to build for: TORCH_CUDA_ARCH_LIST, or the visible GPUs'."""
     visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
 
@@ -115,11 +115,9 @@ def _search_path() -> str:
 
 
 def cuda_home() -> str | None:
-    """The toolkit's folder, asked of nvcc itself, because the nvcc on the PATH may be a script outside the toolkit."""
+    """The toolkit's folder, asked of nvcc, because the nvcc on the PATH may be a script outside the toolkit."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
-    )
+    nvcc = shutil.which("nvcc", path=home and os.path.join(home, "bin")) or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return None
     answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
@@ -134,14 +132,10 @@ def build(target: str, library: Path, extra_cuda_flags: tuple[str, ...] = ()) ->
         print(f"taylorglo_ext: building the fused {target} loss, once: about a minute", file=sys.stderr, flush=True)
         with _toolchain(target) as load:
             load(
-                name=library.stem,
-                sources=[str(_folder / name) for name in SOURCES[target]],
-                extra_cflags=[*CXX_FLAGS],
-                extra_cuda_cflags=[*CUDA_FLAGS, *extra_cuda_flags],
-                extra_ldflags=["-fopenmp"],
-                build_directory=folder,
-                is_python_module=False,
-            )
+                library.stem, [str(_folder / name) for name in SOURCES[target]], extra_cflags=[*CXX_FLAGS],
+                extra_cuda_cflags=["-O3", "--threads=2", *extra_cuda_flags], extra_ldflags=["-fopenmp"],
+                build_directory=folder, is_python_module=False,
+            )  # fmt: skip
         os.rename(os.path.join(folder, library.name), library)
         library.with_suffix(".sha256").write_text(_seal(library), encoding="utf-8")
     finally:
@@ -160,19 +154,17 @@ def _only_builder(library: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _toolchain(target: str):
+def _toolchain(target: str) -> Iterator:
     """torch.utils.cpp_extension.load, with the right PATH and CUDA_HOME while it runs."""
     saved = dict(os.environ)
     os.environ["PATH"] = _search_path()
     if target == "cuda":
-        os.environ["CUDA_HOME"] = cuda_home()
-        os.environ["TORCH_CUDA_ARCH_LIST"] = _architectures()
+        os.environ |= {"CUDA_HOME": cuda_home(), "TORCH_CUDA_ARCH_LIST": _architectures()}
     try:
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says where it guesses CUDA
         from torch.utils import cpp_extension
 
-        if target == "cuda":
-            cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+        cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")
         yield cpp_extension.load
     finally:
         os.environ.clear()
