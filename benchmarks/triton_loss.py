@@ -1,7 +1,9 @@
-"""The loss of Eq. 2 and Eq. 3 and its gradient as a plain Triton kernel, for comparison with the CUDA kernel on a GPU.
+"""The loss of Eq. 2 and Eq. 3 and its gradient as a plain Triton kernel, for comparison with the
+CUDA kernel on a GPU.
 
-A program has some whole rows in registers and evaluates Eq. 2 as it is printed. It adds its rows to the loss atomically, so
-the loss's last bits vary. Triton tunes the rows and warps of a program for each problem before it is timed.
+A program has some whole rows in registers and evaluates Eq. 2 as it is printed. It adds its rows to
+the loss atomically, so the loss's last bits vary. Triton tunes the rows and warps of a program for
+each problem before it is timed.
 """
 
 import torch
@@ -9,19 +11,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CONFIGS = [triton.Config({"ROWS": rows}, num_warps=warps) for rows in (1, 2, 4, 8, 16, 32) for warps in (1, 2, 4, 8)]
+CONFIGS = [
+    triton.Config({"ROWS": rows}, num_warps=warps)
+    for rows in (1, 2, 4, 8, 16, 32)
+    for warps in (1, 2, 4, 8)
+]
 
 
 def fitting(configs: list, arguments: dict, **_) -> list:
     """The configurations with 2 to 64 numbers in a thread, or the nearest to that."""
+
     def in_a_thread(config: triton.Config) -> float:
-        return config.kwargs["ROWS"] * triton.next_power_of_2(arguments["classes"]) / (32 * config.num_warps)
+        return (
+            config.kwargs["ROWS"]
+            * triton.next_power_of_2(arguments["classes"])
+            / (32 * config.num_warps)
+        )
 
     return [c for c in configs if 2 <= in_a_thread(c) <= 64] or [min(configs, key=in_a_thread)]
 
 
-@triton.autotune(CONFIGS, key=["rows", "classes", "DISTILLED"], prune_configs_by={"early_config_prune": fitting},
-                 reset_to_zero=["loss"])
+@triton.autotune(
+    CONFIGS,
+    key=["rows", "classes", "DISTILLED"],
+    prune_configs_by={"early_config_prune": fitting},
+    reset_to_zero=["loss"],
+)
 @triton.jit
 def kernel(logits, labels, theta, teacher, alpha, gradient, loss, rows, classes,
            DISTILLED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
@@ -51,9 +66,14 @@ def kernel(logits, labels, theta, teacher, alpha, gradient, loss, rows, classes,
 
 
 def triton_loss(
-    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None = None, alpha: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    theta: Tensor,
+    teacher_logits: Tensor | None = None,
+    alpha: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``taylorglo_ext.loss_and_gradient``, for contiguous float32 or bfloat16 logits (B, C) on a GPU."""
+    """As ``taylorglo_ext.loss_and_gradient``, for contiguous float32 or bfloat16 logits (B, C) on a
+    GPU."""
     rows, classes = logits.shape
     loss, gradient = torch.zeros((), device=logits.device), torch.empty_like(logits)
     distilled = teacher_logits is not None
