@@ -312,6 +312,8 @@ def parsed(start, arguments):
 def main(arguments=None):
     """The command line. Exit code 2 and one line a mistake for what the user can mend."""
     config = None
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a letter
     try:
         config = settled(command_line(sys.argv[1:] if arguments is None else arguments))
         if config.plan:

@@ -33,7 +33,7 @@ class Slot(Trainer):
         super().__init__(config, data)
         self.captured = not config.no_graphs
         self.graphs, self.network, self.random_states = {}, None, None
-        self.rates = torch.zeros(3, device=self.device).unbind()  # learning rate, momentum, weight decay
+        self.rates = torch.zeros(3, device=self.device)  # learning rate, momentum, weight decay
         self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         self.generator = torch.Generator(self.device)
         torch.cuda.synchronize(self.device)  # what was made on the default stream is about to be used on another
@@ -51,12 +51,10 @@ class Slot(Trainer):
         self.graph(self.step)  # before the weights are loaded, since its first steps change them
         load_tensors(self.network.tensors(), self.new_network(seed).tensors())
 
-    def set_rates(self, learning_rate, momentum, weight_decay):
+    def set_rates(self, rates):
         if not self.captured:
-            return super().set_rates(learning_rate, momentum, weight_decay)
-        for scalar, value in zip(self.rates, (learning_rate, momentum, weight_decay), strict=True):
-            # fill_ would raise for a number beyond float32; copied, it makes the network diverge
-            scalar.copy_(torch.tensor(value, dtype=torch.float64))
+            return super().set_rates(rates)
+        self.rates.copy_(rates)
 
     @torch.no_grad()
     def sgd(self):
@@ -64,7 +62,7 @@ class Slot(Trainer):
         Python number, which a captured graph would freeze."""
         if not self.captured:
             return super().sgd()
-        learning_rate, momentum, weight_decay = self.rates
+        learning_rate, momentum, weight_decay = self.rates.unbind()
         trained = [(p, p.grad, self.network.momentum[name]) for name, p in self.network.model.named_parameters()
                    if p.grad is not None]
         weights, gradients, velocities = map(list, zip(*trained, strict=True))
@@ -134,7 +132,7 @@ class Slot(Trainer):
         self.set_hyperparameters({**self.config.fixed(self.data.augmentation.cutout), **theta},
                                  Task(Individual(0, 0, {}), Path(), teacher=stand_in))
         self.make_networks(seed=0)
-        self.set_rates(0.0, 0.0, 0.0)
+        self.set_rates(torch.zeros(3))
         while count > 0:
             self.repeat(self.step, min(count, self.steps))
             count -= self.steps

@@ -57,8 +57,9 @@ class Network:
         load_tensors(self.tensors(), state)
 
     def optimizer(self):
-        """torch's SGD, whose momentum buffers are this network's."""
-        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, fused=True)
+        """torch's SGD, whose momentum buffers are this network's. The fused one would mix up weights
+        whose order in memory is not their gradient's."""
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, foreach=True)
         for name, p in self.model.named_parameters():
             sgd.state[p]["momentum_buffer"] = self.momentum[name]
         return sgd
@@ -192,13 +193,17 @@ class Trainer:
             clock = individual.generation * self.config.epochs + epoch
             rate = learning_rate(self.h, clock, self.config)
             individual.applied["learning_rate"].append(rate)
-            self.set_rates(rate, self.h["momentum"], self.h["weight_decay"])
+            # What is beyond float32 becomes infinite, and the network diverges.
+            rates = torch.tensor((rate, self.h["momentum"], self.h["weight_decay"]), dtype=torch.float64)
+            self.set_rates(rates.float())
             individual.loss = finite_or_none(self.train_epoch(rng))
             if individual.loss is None:
                 break
 
-    def set_rates(self, learning_rate, momentum, weight_decay):
-        self.optimizer.param_groups[0].update(lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    def set_rates(self, rates):
+        """rates: (3,) float32: learning rate, momentum, weight decay."""
+        names = "lr", "momentum", "weight_decay"
+        self.optimizer.param_groups[0].update(zip(names, rates.tolist(), strict=True))
 
     def train_epoch(self, rng):
         """One pass over the training images, in a new order, under new augmentations. Returns the mean loss."""
