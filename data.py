@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from augmentation import Augmentation, draw_augmentation, make_batch, normalize, parse_augmentation
+from augmentation import Augmentation, draw_augmentation, make_batch, parse_augmentation
+from augmentation import normalize as normalize  # for those who look for it here
 from errors import DataError, nearest, plain, told
-from folders import prepared, progress, read_folder, read_image_folder, refuse_other_classes
+from folders import prepared, progress, read_folder, refuse_other_classes
+from folders import read_image_folder as read_image_folder
 from published import read_cifar10, read_digits, read_fashion, read_svhn
 
-__all__ = ["normalize", "read_image_folder"]  # of other files, for those who look for them here
-
+NO_DATASETS = (tuple, list, dict, str, torch.Tensor, np.ndarray, IterableDataset)  # though with items
 HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every run
 # Random streams of a run's seed that nothing else draws from.
 SPLIT, ENLARGE, NOISE = (0xDA7A, 0), (0xDA7A, 1), (0xDA7A, 2)
@@ -128,8 +129,8 @@ def hold_out(images, labels):
 
 
 def in_shares(labels, order, least):
-    """The indices `order` into labels, arranged so that the first n of them, for every n, have each
-    class in its share, once they have `least` of each; the last of each class come at the end."""
+    """The indices `order` into labels, so arranged that the first n, for every n, have each class in its
+    share after `least` of each; and the last of each class are at the end."""
     order = order[np.argsort(labels[order], kind="stable")]
     _, start, size = np.unique(labels[order], return_index=True, return_counts=True)
     rank = np.arange(len(order)) - np.repeat(start, size)  # within its class
@@ -143,8 +144,8 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
               label_noise_kind="uniform", notes=()) -> Data:
     """Split, enlarge and measure a data set.
 
-    train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style torch Dataset
-        of (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL images.
+    train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style Dataset of
+        (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL images.
     class_names: None is the list `classes` of the Dataset, or the labels, which must then be 0, 1, ...
     validation: images of `train` that are held out to measure the fitness; below 1, a share of them.
     enlarge: so many augmented copies are made of each validation image (Sec. 4.1); 1 leaves them.
@@ -211,17 +212,17 @@ def check(train, test, class_names, enlarge, augmentation):
     """The names of the classes as text. Raises DataError for what does not fit together."""
     shape, test_shape = tuple(train.images.shape[1:]), tuple(test.images.shape[1:])
     if shape != test_shape:
-        raise DataError(f"the training images are {shape}, the test images {test_shape} (channels, height, "
-                        "width); they must agree")
+        raise DataError(f"the training images are {shape}, the test images {test_shape} (channels, "
+                        "height, width): they must agree")
     if not isinstance(augmentation, Augmentation) or augmentation.shift >= min(shape[1:]) or enlarge < 1:
-        raise DataError("--enlarge must be 1 or more, and augmentation a data.Augmentation whose shift is "
-                        f"below the height and width of the images, not {enlarge} and {augmentation!r}")
+        raise DataError(f"--enlarge must be 1 or more, not {enlarge}, and augmentation a data.Augmentation "
+                        f"whose shift is below the height and width of images, not {augmentation!r}")
     labels, found = torch.cat([train.labels, test.labels]), len(train.labels.unique())
     names = tuple(map(plain, class_names or range(found)))
     if labels.min() < 0 or labels.max() >= len(names):
         raise DataError(f"the labels are {labels.min()} to {labels.max()}, and {len(names)} classes are "
                         f"{'named' if class_names else 'in the training data'}; accepted are 0 to "
-                        f"{len(names) - 1}, with gaps only where class_names has a name for each number")
+                        f"{len(names) - 1}, with gaps only where class_names has them all")
     counts, tests = (s.labels.bincount(minlength=len(names)).tolist() for s in (train, test))
     rare = [i for i, n in enumerate(counts) if n == 1 or n == 0 and tests[i]]
     if rare:
@@ -240,14 +241,14 @@ def check_split(labels, validation, limit):
     for option, value, low, high in (("limit", limit, 2 * classes, n),
                                      ("validation", validation, classes, limit - classes)):
         if not low <= value <= high:
-            raise DataError(f"--{option} must be {low} to {high}, as there are {n} training images and "
-                            f"each of {classes} classes needs one in training and in validation, not {value}")
+            raise DataError(f"--{option} must be {low} to {high}, so that of {n} images each of {classes} "
+                            f"classes has one in training and in validation, not {value}")
     return limit, validation
 
 
 def pixel_statistics(images, index):
     """Mean and standard deviation per channel, (C,) float32 each, of images[index]."""
-    # Counting the 256 values is exact: the result depends on no order of a sum, and on no threads.
+    # Counting the 256 values is exact, whatever the number of threads.
     channels = [images[index, c].flatten() for c in range(images.shape[1])]
     counts = torch.stack([channel.bincount(minlength=256) for channel in channels])
     share = counts.double() / counts.sum(1, keepdim=True)
@@ -279,22 +280,22 @@ def enlarged(image_set, copies, augmentation, mean, std, rng):
 
 def read_images(source, part, notes):
     """The ImageSet of a source as `make_data` accepts it; `part` names it in errors and in notes."""
+    pair = isinstance(source, tuple | list) and len(source) == 2
+    if not pair and (isinstance(source, NO_DATASETS) or not hasattr(source, "__getitem__")):
+        raise DataError(f"the {part} data are {type(source).__name__}; accepted are a pair (images, labels), "
+                        "and a map-style Dataset of (image, label)")
     with told(f"the {part} data"):
-        if isinstance(source, tuple | list) and len(source) == 2:
+        if pair:
             images, labels = to_uint8(source[0]), as_tensor(source[1])
-        elif all(hasattr(source, name) for name in ("__getitem__", "__len__")) and not isinstance(
-                source, (tuple, list, dict, str, torch.Tensor, np.ndarray, IterableDataset)):
+        else:
             images, labels, done = read_dataset(source)
             notes.extend(f"{n} {part} {what}" for what, n in done.items())
-        else:
-            raise DataError(f"accepted are a pair (images, labels), and a map-style Dataset of (image, "
-                            f"label), not {type(source).__name__}")
         shape, whole = images.shape, not labels.is_floating_point() and not labels.is_complex()
         if images.ndim != 4 or labels.shape != shape[:1] or 0 in shape or not whole or (
                 shape[3] <= 4 < shape[1]):
             raise DataError(f"the shapes are {tuple(shape)} and {tuple(labels.shape)}, the labels "
                             f"{labels.dtype}; accepted are images (N, channels, height, width), not "
-                            "channels last, and labels (N,) that are whole numbers")
+                            "channels last, and whole numbers (N,)")
     return ImageSet(images, labels.long())
 
 

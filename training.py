@@ -17,7 +17,7 @@ from evolution import first_step, random_stream
 from models import make_model, random_states_kept, seed_numpy_and_python
 from records import Individual, finite_or_none, load_individual, save_individual
 from settings import settings
-from taylorglo_ext import PLAIN_LOSSES, TaylorGLOLoss
+from taylorglo_ext import PLAIN_LOSSES, TaylorGLOLoss, loss_and_gradient
 
 EVALUATION_BATCH = 500  # at most
 # What training applies: evolved, or Config.fixed's where it is not.
@@ -230,10 +230,10 @@ class Trainer:
         if self.distilled:
             with torch.no_grad():  # a copy, since a model may change its input in place
                 teacher_logits = self.logits(self.teacher.model, images.clone())
-        loss = self.loss(self.logits(self.network.model, images), data.train.labels[index], teacher_logits)
+        logits = self.logits(self.network.model, images)
         for p in self.network.model.parameters():
             p.grad = None
-        loss.backward()
+        loss = self.backward(logits, data.train.labels[index], teacher_logits)
         self.sgd()
         self.total_loss.add_(loss.detach())
         if self.config.average_weights:
@@ -252,11 +252,17 @@ class Trainer:
                              f"not {found}")
         return logits.float()
 
-    def loss(self, logits, labels, teacher_logits):
-        """Eq. 2 with Eq. 3 inside, or a plain loss where theta is not among the hyperparameters."""
+    def backward(self, logits, labels, teacher_logits):
+        """Eq. 2 with Eq. 3 inside, or a plain loss where theta is not among the hyperparameters; and its gradients."""
         alpha = None if teacher_logits is None else self.alpha
-        loss = self.taylorglo if self.has_theta else PLAIN_LOSSES[self.config.plain_loss]
-        return loss(logits, labels, teacher_logits, alpha)
+        if self.has_theta and not self.config.add_cross_entropy:
+            loss, gradient = loss_and_gradient(logits, labels, self.taylorglo.theta, teacher_logits, alpha)
+            logits.backward(gradient)
+        else:
+            loss = self.taylorglo if self.has_theta else PLAIN_LOSSES[self.config.plain_loss]
+            loss = loss(logits, labels, teacher_logits, alpha)
+            loss.backward()
+        return loss
 
     def sgd(self):
         self.optimizer.step()

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCES = {"cpu": ("taylorglo.cpp",), "cuda": ("taylorglo_cuda.cpp", "taylorglo.cu")}
-HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "inputs.h")
+HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "operator.h")
 CXX_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")  # psabi: a note on vector arguments, which are inlined
 CUDA_FLAGS = ("-O3", "--threads=2")  # of nvcc, for several architectures
 
@@ -51,18 +51,31 @@ def _load_target(target: str) -> None:
     if target == "cuda" and not torch.cuda.is_available():
         raise BackendError("PyTorch sees no CUDA device; check the driver, and that PyTorch is a CUDA build")
     library = cached_library(target)
-    if not library.exists():
+    if not _is_whole(library):
         require_compilers(target)
         with _only_builder(library):
-            if not library.exists():
+            if not _is_whole(library):
                 return build(target, library)  # which also loads it
     torch.ops.load_library(library)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there as it was built: to load one that was cut off kills the process."""
+    try:
+        return library.with_suffix(".sha256").read_text(encoding="utf-8") == _seal(library)
+    except OSError:
+        return False
+
+
+def _seal(library: Path) -> str:
+    data = library.read_bytes()
+    return f"{hashlib.sha256(data).hexdigest()} {len(data)}"
 
 
 def cached_library(target: str) -> Path:
     """Where the library for this machine is, or will be: its name says what it depends on."""
     parts = [torch.__version__, str(torch.version.cuda), platform.machine(), os.environ.get("CXX", "")]
-    parts += [(_folder / name).read_text() for name in (*HEADERS, *SOURCES[target], Path(__file__).name)]
+    parts += [(_folder / name).read_text(encoding="utf-8") for name in (*HEADERS, *SOURCES[target], Path(__file__).name)]
     parts += [_processor(), _architectures() if target == "cuda" else ""]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -130,6 +143,7 @@ def build(target: str, library: Path, extra_cuda_flags: tuple[str, ...] = ()) ->
                 is_python_module=False,
             )
         os.rename(os.path.join(folder, library.name), library)
+        library.with_suffix(".sha256").write_text(_seal(library), encoding="utf-8")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from test_data import error_line, numbered
 
 from data import (
     Augmentation,
@@ -14,6 +13,7 @@ from data import (
     normalize,
     parse_augmentation,
 )
+from tests.test_data import error_line, numbered
 
 SQUARE = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]], dtype=torch.uint8)
 
@@ -132,5 +132,5 @@ def test_a_text_that_is_no_augmentation(text):
 def test_augmentations_that_cannot_be(augmentation):
     assert "flip must be True or False, shift and cutout whole numbers" in error_line(Augmentation, **augmentation)
     for value in (augmentation, Augmentation(shift=8)):
-        assert "a data.Augmentation whose shift is below the height and width" in error_line(
+        assert "a data.Augmentation whose shift is below the height and width of images" in error_line(
             make_data, numbered(20), numbered(20), augmentation=value)

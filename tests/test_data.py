@@ -105,7 +105,7 @@ def test_each_class_has_its_share_of_each_part(counts, share):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"validation": 9}, "--validation must be 10 to 190, as there are 200 training images and each of 10 classes"),
+    ({"validation": 9}, "--validation must be 10 to 190, so that of 200 images each of 10 classes has one in"),
     ({"validation": 191}, "--validation must be 10 to 190"),
     ({"validation": 50, "limit": 50}, "--validation must be 10 to 40"),
     ({"limit": 201}, "--limit must be 20 to 200"), ({"limit": 19}, "--limit must be 20 to 200"),
@@ -268,11 +268,11 @@ Image.fromarray(numbered(1, 1, 64, 64)[0][0, 0]).save(PNG, "PNG")
     (Listed(IMAGES, list("ab" * 20)), GOOD, "item 0: TypeError: 'str' object cannot be"),
     (Listed(IMAGES, np.stack([LABELS, LABELS], 1)), GOOD, "item 0: ValueError"),
     (Listed(["a"], [0]), GOOD, "item 0: TypeError"),
-    (GOOD, None, "the test data: accepted are a pair (images, labels), and a map-style Dataset"),
-    (torch.from_numpy(IMAGES), GOOD, "not Tensor"),
-    ((IMAGES, LABELS, LABELS), GOOD, "not tuple"),
-    (torch.utils.data.DataLoader(Listed(*GOOD)), GOOD, "not DataLoader"),
-    (Streamed(), GOOD, "the training data: accepted are a pair (images, labels), and a map-style Dataset"),
+    (GOOD, None, "the test data are NoneType; accepted are a pair (images, labels), and a map-style"),
+    (torch.from_numpy(IMAGES), GOOD, "the training data are Tensor"),
+    ((IMAGES, LABELS, LABELS), GOOD, "the training data are tuple"),
+    (torch.utils.data.DataLoader(Listed(*GOOD)), GOOD, "the training data are DataLoader"),
+    (Streamed(), GOOD, "the training data are Streamed; accepted are a pair"),
     ((IMAGES.transpose(0, 2, 3, 1), LABELS), GOOD, "(40, 8, 8, 3) and (40,)"),
     (Listed(IMAGES.transpose(0, 2, 3, 1), LABELS), GOOD, "not channels last"),
     (GOOD, Raising(lambda: {}["label"]), "the test data: item 13: KeyError: 'label'"),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import error_line
 
 import folders
 from data import Augmentation, data_set, load_data
 from folders import read_image_folder, split_of
+from tests.test_data import error_line
 
 COLOURS = {"blue": (10, 20, 200), "green": (30, 180, 40), "red": (220, 50, 60)}
 

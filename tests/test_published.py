@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from test_data import error_line, numbered, numbers
 from torchvision.datasets import CIFAR10, SVHN
 
 import published
 from data import load_data
+from tests.test_data import error_line, numbered, numbers
 
 
 def write_cifar10(root, monkeypatch, per_batch=20):
@@ -75,15 +75,19 @@ def test_cifar10_download(tmp_path, monkeypatch):
     assert calls == [CIFAR10.url] * 2
 
 
-def test_svhn(tmp_path, monkeypatch):
+def write_svhn(root, monkeypatch):
     """The three .mat files as published: X (32, 32, 3, N), y (N, 1) with 10 for the digit 0."""
     split_list = {}
     for first, (split, (url, name, _)) in zip((0, 100, 200), SVHN.split_list.items(), strict=True):
         images, labels = numbered(30, 3, 32, 32, first=first)
         labels = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
-        scipy.io.savemat(tmp_path / name, {"X": images.transpose(2, 3, 1, 0), "y": labels}, do_compression=True)
-        split_list[split] = [url, name, hashlib.md5((tmp_path / name).read_bytes()).hexdigest()]
+        scipy.io.savemat(root / name, {"X": images.transpose(2, 3, 1, 0), "y": labels}, do_compression=True)
+        split_list[split] = [url, name, hashlib.md5((root / name).read_bytes()).hexdigest()]
     monkeypatch.setattr(SVHN, "split_list", split_list)
+
+
+def test_svhn(tmp_path, monkeypatch):
+    write_svhn(tmp_path, monkeypatch)
     found = load_data("svhn", tmp_path, validation=20)
     train, validation, test = (numbers(s) for s in (found.train, found.validation, found.test))
     starts = {split: 100 * i for i, split in enumerate(SVHN.split_list)}

@@ -164,7 +164,8 @@ def test_the_module_replaces_cross_entropy():
 
 def test_a_schedule_has_a_loss_for_each_epoch():
     logits, labels, theta, teacher_logits = problem(8, 10)
-    schedule = {"epochs": [{"theta": theta.tolist()}, {"theta": None}]}
+    schedule = {"plain_loss": "cross-entropy", "add_cross_entropy": False,
+                "epochs": [{"theta": theta.tolist()}, {"theta": None}]}
     first, second = losses(schedule)
     assert first(logits, labels) == taylorglo_loss(logits, labels, theta)
     assert second(logits, labels) == F.cross_entropy(logits, labels)
