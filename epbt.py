@@ -144,7 +144,9 @@ def run(config, train, test, space, report, begin):
     if config.replay:
         identity["schedule"] = checked_schedule(config)
     with closing(RunFolder(config.out, identity, config.resume, config.overwrite)) as folder:
-        if not folder.finished:
+        if folder.finished:
+            report(f"{config.out} is finished: its files stay as they are")
+        else:
             done, total = folder.evaluated(), config.evaluations()
             with (tqdm(initial=done, total=total, unit=" networks", disable=None) as bar,
                   closing(make_pool(config, data)) as pool):

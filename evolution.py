@@ -23,8 +23,8 @@ def random_stream(purpose, seed, *key):
 
 @dataclass(frozen=True)
 class Variable:
-    """One evolved hyperparameter: its initial range, whether it is drawn uniformly in its logarithm,
-    and whether mutation is clipped to that range."""
+    """One evolved hyperparameter: its initial range, whether it is drawn uniformly in its
+    logarithm, and whether mutation is clipped to that range."""
 
     name: str
     low: float
@@ -102,8 +102,8 @@ def initialize(space, n, rng, viable_for=None, known=None, copies=0):
                 break
             h[backwards] = draw(space, len(backwards), rng)
         else:
-            raise ValueError(f"losses still train backwards after {REDRAWS} draws: the search space "
-                             "has hardly any others")
+            raise ValueError(f"losses still train backwards after {REDRAWS} draws: the search "
+                             "space has hardly any others")
     for i, v in enumerate(space):
         if copies and v.name in known:
             h[:copies, i] = np.clip(known[v.name], v.low, v.high) if v.clip else known[v.name]
@@ -111,7 +111,7 @@ def initialize(space, n, rng, viable_for=None, known=None, copies=0):
 
 
 def known_loss(classes):
-    """theta, as a dict, of a loss that is known to learn: the second-order expansion of cross-entropy.
+    """theta, as a dict, of a loss that is known to learn: cross-entropy to the second order.
 
     For the probability y of the right class, -log y = (1 - y) + (1 - y)^2 / 2 + ... around y = 1.
     In Eq. 2, theta0 = 0 makes (x - theta0) the one-hot label, which leaves of the sum over classes
@@ -122,8 +122,8 @@ def known_loss(classes):
 
 
 def first_step(theta, classes):
-    """How strongly the first step under a loss raises the logit of the true class; below 0, the loss
-    trains backwards.
+    """How strongly the first step under a loss raises the logit of the true class; below 0, the
+    loss trains backwards.
 
     It is the part of df/dy, f the polynomial of Eq. 2, in which the true class (x = 1) differs from
     the others (x = 0), at the uniform prediction y = 1/classes. theta: (..., 8); returns (...)."""
@@ -141,8 +141,8 @@ def tournament(fitness, n, t, rng):
 
 
 def mutate(h, space, sigma, reset_probability, rng):
-    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), then with reset_probability a fresh
-    draw, for each variable independently. Variables with clip stay within their range."""
+    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), then with reset_probability a
+    fresh draw, for each variable independently. Variables with clip stay within their range."""
     mutated = h * (1 + sigma * rng.standard_normal(h.shape))
     for i, v in enumerate(space):
         if v.clip:
@@ -152,9 +152,9 @@ def mutate(h, space, sigma, reset_probability, rng):
 
 
 def crossover(h, probability, rng):
-    """Sec. 3.2, Step 2, operator xi: each variable is taken, with the given probability (the paper's
-    50%), from one other member of the set. Returns the children (n, variables) and for each the
-    index of the member that gave something, or -1 where none did."""
+    """Sec. 3.2, Step 2, operator xi: each variable is taken, with the given probability (the
+    paper's 50%), from one other member of the set. Returns the children (n, variables) and for each
+    the index of the member that gave something, or -1 where none did."""
     n = len(h)
     if n < 2:
         return h.copy(), np.full(n, -1)
@@ -183,9 +183,9 @@ def novelty_elites(fitness, behaviour, k, m):
     """Sec. 2.5 and 3.4: of the m fittest the k most novel, skipping candidates of the same cluster.
 
     paper: unspecified: the fittest always stays; the rest are ranked by S_i (ties by fitness, then
-    age). The first k - 1 are kept, each remaining candidate is put in by turns, and the later ranked
-    of the closest pair drops out; the fittest is in no pair. Returns the indices of the elites, the
-    fittest first, the others by rank."""
+    age). The first k - 1 are kept, each remaining candidate is put in by turns, and the later
+    ranked of the closest pair drops out; the fittest is in no pair. Returns the indices of the
+    elites, the fittest first, the others by rank."""
     candidates = best_first(fitness, m)
     scores, distance = novelty_scores(behaviour[candidates])
     ranked = 1 + np.argsort(-scores[1:], kind="stable")  # candidates are sorted by fitness already
@@ -198,7 +198,7 @@ def novelty_elites(fitness, behaviour, k, m):
 
 
 def select_elites(fitness, correct, k, m, n, novel, rng):
-    """Alg. 1, step 3b: indices of the k fittest, or where novel of the k most novel of the m fittest.
+    """Alg. 1, step 3b: indices of the k fittest, or if novel the k most novel of the m fittest.
 
     correct: (individuals, validation images) booleans. Sec. 3.4: the behaviour is taken on n of the
     images, chosen at random; paper: unspecified: anew in each generation."""
