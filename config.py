@@ -80,7 +80,6 @@ class Config:
     """Initial thetas are uniform between minus this and this, Sec. 4.1"""
     known_losses: CountOrAuto = 0
     """So many begin with a loss that learns, under Baseline 1's rates; not in the paper"""
-    viable_init: bool = False  # Draw initial losses again that train backwards; not in the paper
     high_rates: bool = False
     """Leave low learning rates and momenta out of the search space; not in the paper"""
     evolve_cutout: bool = False
@@ -100,8 +99,6 @@ class Config:
     """taylorglo is Eq. 2, evolved by epbt; the other methods then have cross-entropy"""
     distillation: Share = 0.8
     """alpha of Eq. 3 in the last generation, rising from 0; 0.8 is that of the paper's [23]"""
-    normalize_loss: bool = False
-    """Make each loss's first step as large as cross-entropy's; not in the paper"""
     add_cross_entropy: bool = False  # Add cross-entropy to Eq. 2; not in the paper
     loss_backend: Literal["auto", "fused", "reference"] = "auto"
     """The C++/CUDA kernel, plain PyTorch, or the first that works"""

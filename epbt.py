@@ -57,7 +57,8 @@ def epbt(config, space, data, workers, run):
         alive = [m for m in M if not m.diverged]
         if not alive:
             # Sec. 3.2, Initialization; paper: unspecified: again, if a whole generation diverged.
-            h = first_generation(config, space, data, rng)
+            known = {**config.fixed(data.augmentation.cutout), **known_loss(data.num_classes)}
+            h = initialize(space, config.population, rng, known, config.known_losses)
             teacher, alpha, elites, N = None, 0.0, [], newborn(M, g, as_dicts(space, h))
         else:
             fitness, k = np.array([m.fitness for m in alive]), min(config.k, len(alive))
@@ -83,13 +84,6 @@ def epbt(config, space, data, workers, run):
         M = sorted(elites, key=lambda m: m.id) + N
         run.record(g, M, elites)
         yield g, M
-
-
-def first_generation(config, space, data, rng):
-    """h of the initial population."""
-    known = {**config.fixed(), **known_loss(data.num_classes)}
-    viable_for = data.num_classes if config.viable_init else None
-    return initialize(space, config.population, rng, viable_for, known, config.known_losses)
 
 
 def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 STREAMS = ("evolution", "training", "weights")
-REDRAWS = 1000  # of a loss that trains backwards, which one in two does in the usual search space
 
 
 def random_stream(purpose, seed, *key):
@@ -87,23 +86,11 @@ def draw(space, n, rng):
     return np.array([v.at(column) for v, column in zip(space, u.T, strict=True)]).reshape(-1, n).T
 
 
-def initialize(space, n, rng, viable_for=None, known=None, copies=0):
+def initialize(space, n, rng, known=None, copies=0):
     """Sec. 3.2, Initialization: h of shape (n, variables), uniform within the ranges.
 
-    Not in the paper: with viable_for = the number of classes, rows whose loss would train backwards
-    are drawn again; then the first `copies` rows get the values of `known`, a dict by name."""
+    Not in the paper: the first `copies` rows get the values of `known`, a dict by name."""
     h = draw(space, n, rng)
-    names = [v.name for v in space]
-    if "theta0" in names and viable_for is not None:
-        theta = [names.index(f"theta{i}") for i in range(8)]
-        for _ in range(REDRAWS):
-            backwards = np.flatnonzero(first_step(h[:, theta], viable_for) <= 0)
-            if not len(backwards):
-                break
-            h[backwards] = draw(space, len(backwards), rng)
-        else:
-            raise ValueError(f"losses still train backwards after {REDRAWS} draws: the search "
-                             "space has hardly any others")
     for i, v in enumerate(space):
         if copies and v.name in known:
             h[:copies, i] = np.clip(known[v.name], v.low, v.high) if v.clip else known[v.name]
@@ -119,16 +106,6 @@ def known_loss(classes):
     L = -(1/n) [theta5 (y - 1) + theta6 (y - 1)^2 / 2]. With theta5 = n and theta6 = -n that is
     (1 - y) + (1 - y)^2 / 2. For ten classes it is on the edge of the initial range of Sec. 4.1."""
     return {f"theta{i}": float(x) for i, x in enumerate((0, 1, 0, 0, 0, classes, -classes, 0))}
-
-
-def first_step(theta, classes):
-    """How strongly the first step under a loss raises the logit of the true class; below 0, the
-    loss trains backwards.
-
-    It is the part of df/dy, f the polynomial of Eq. 2, in which the true class (x = 1) differs from
-    the others (x = 0), at the uniform prediction y = 1/classes. theta: (..., 8); returns (...)."""
-    t = np.moveaxis(theta, -1, 0)
-    return t[5] + t[6] * (1 / classes - t[1]) + 0.5 * t[7] * (1 - 2 * t[0])
 
 
 def tournament(fitness, n, t, rng):

@@ -13,7 +13,7 @@ import torch
 from augmentation import draw_augmentation, make_batch, normalize
 from data import ImageSet
 from errors import RunError
-from evolution import first_step, random_stream
+from evolution import random_stream
 from models import make_model, random_states_kept, seed_numpy_and_python
 from records import Individual, finite_or_none, load_individual, save_individual
 from settings import settings
@@ -146,7 +146,7 @@ class Trainer:
         self.alpha.fill_(task.alpha)
         self.theta = None
         if self.has_theta:
-            self.theta = scaled_theta(h, self.config.normalize_loss, self.data.num_classes)
+            self.theta = np.array([h[f"theta{i}"] for i in range(8)])
             self.taylorglo.theta.copy_(torch.from_numpy(self.theta))
         task.individual.applied = dict(
             learning_rate=[], theta=None if self.theta is None else [float(x) for x in self.theta],
@@ -344,15 +344,3 @@ def learning_rate(h, epoch, config):
     """The rate in an epoch of the whole run: learning_rate * scale / decay^(milestones passed), Sec. 4.1."""
     passed = sum(epoch >= round(share * config.generations * config.epochs) for share in config.milestones)
     return config.learning_rate * h["lr_scale"] / h["lr_decay"] ** passed
-
-
-def scaled_theta(h, normalize_loss, num_classes):
-    """theta as the loss takes it. With normalize_loss (not in the paper), Eq. 2 is multiplied by the factor that
-    makes its first step as large as that of cross-entropy.
-
-    At the uniform prediction y = 1/n, dL/dz of the true class is -(1/n) y (1 - y) first_step(theta), and that of
-    cross-entropy is -(1 - y). The sign stays, and the floor keeps a loss that hardly moves from exploding."""
-    theta = np.array([h[f"theta{i}"] for i in range(8)])
-    if normalize_loss:
-        theta[2:] *= num_classes**2 / max(abs(first_step(theta, num_classes)), 1e-2)
-    return theta
