@@ -15,7 +15,6 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import closing, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +30,20 @@ from augmentation import Augmentation
 from baselines import independent, pbt
 from config import Config, check, flag
 from data import load_data, make_data
-from errors import ConfigError, DataError, RunError, message, nearest
-from evolution import (Variable, as_array, as_dicts, crossover, initialize, known_loss, mutate,
-                       pulse, random_stream, select_elites, tournament)
+from errors import ConfigError, DataError, RunError, message
+from evolution import (
+    as_array,
+    as_dicts,
+    checked_space,
+    crossover,
+    initialize,
+    known_loss,
+    mutate,
+    pulse,
+    random_stream,
+    select_elites,
+    tournament,
+)
 from models import factory_name, find_factory
 from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest, read_config
@@ -130,7 +140,8 @@ def run(config, train, test, space, report, begin):
     data = read_data(config, train, test)
     for line in (cost(config), *data.describe()):
         report(line)
-    space = checked_space(config.search_space(data.augmentation.cutout) if space is None else space)
+    space = config.search_space(data.augmentation.cutout) if space is None else space
+    space = checked_space(space, HYPERPARAMETERS)
     backend = taylorglo_ext.load(config.loss_backend, config.device)
     config = tried(replace(config, loss_backend=backend), data, report)
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
@@ -197,31 +208,6 @@ def make_pool(config, data):
     if config.device == "cpu" and config.workers == 1:
         return ThisProcess(config, data)
     return Processes(config, data, config.workers)
-
-
-def checked_space(space):
-    """The variables as a tuple. Raises ConfigError if training cannot apply one."""
-    space = tuple(space) if isinstance(space, Iterable) else (space,)
-    for v in space:
-        if not isinstance(v, Variable):
-            raise ConfigError("space must be a tuple of evolution.Variable, such as "
-                              f'Variable("momentum", 0.5, 0.9), not {v!r}')
-    names, lines = [v.name for v in space], []
-    for v in space:
-        lowest = 1e-9 if v.name == "lr_decay" else 0
-        highest = 1 if v.name == "momentum" else np.inf
-        if v.name not in HYPERPARAMETERS:
-            lines.append(f"no hyperparameter is called {v.name!r}{nearest(v.name, HYPERPARAMETERS)}"
-                         f"; accepted are {', '.join(HYPERPARAMETERS)}")
-        elif names.count(v.name) > 1:
-            lines.append(f"{v.name} is twice among the evolved variables")
-        elif "theta" not in v.name and not (v.clip and lowest <= v.low and v.high <= highest):
-            lines.append(f"{v.name} must stay from {lowest} to {highest}, with clip, and is {v}")
-    if sum("theta" in name for name in names) not in (0, 8):
-        lines.append("the evolved variables must have all of the eight thetas, or none")
-    if lines:
-        raise ConfigError("\n".join(dict.fromkeys(lines)))
-    return space
 
 
 def read_data(config, train, test):

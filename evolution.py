@@ -5,9 +5,12 @@ in the order of the search space. Callers pass individuals in the order of their
 go to the lower index" means ties go to the older individual, and no order depends on chance.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
+from errors import ConfigError, nearest
 
 STREAMS = ("evolution", "training", "weights")
 
@@ -68,6 +71,33 @@ def search_space(theta_range=10.0, high_rates=False, cutout=0):
 
 
 SEARCH_SPACE = search_space()
+
+
+def checked_space(space, accepted):
+    """The variables as a tuple. Raises ConfigError for one that training cannot apply. accepted:
+    the names of all hyperparameters."""
+    space = tuple(space) if isinstance(space, Iterable) else (space,)
+    for v in space:
+        if not isinstance(v, Variable):
+            raise ConfigError("space must be a tuple of evolution.Variable, such as "
+                              f'Variable("momentum", 0.5, 0.9), not {v!r}')
+    names, lines = [v.name for v in space], []
+    for v in space:
+        above, highest = v.name == "lr_decay", 1 if v.name == "momentum" else np.inf
+        if v.name not in accepted:
+            lines.append(f"no hyperparameter is called {v.name!r}{nearest(str(v.name), accepted)}; "
+                         f"accepted are {', '.join(accepted)}")
+        elif names.count(v.name) > 1:
+            lines.append(f"{v.name} is twice among the evolved variables")
+        elif "theta" not in v.name and not (v.clip and v.low >= 0 and v.high <= highest
+                                            and (v.low or not above)):
+            lines.append(f"{v.name} must stay {'above' if above else 'from'} 0"
+                         f"{' to 1' * (highest == 1)}, with clip: it is {v}")
+    if sum("theta" in str(name) for name in names) not in (0, 8):
+        lines.append("the evolved variables must have all of the eight thetas, or none")
+    if lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return space
 
 
 def as_array(space, hyperparameters):
