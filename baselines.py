@@ -53,7 +53,7 @@ def train_on(config, space, workers, run, replace):
         if g == 0:
             parents, h = [None] * config.population, initialize(space, config.population, rng)
         else:
-            fitness = np.array([-1.0 if m.diverged else m.fitness for m in population])
+            fitness = np.array([-np.inf if m.diverged else m.fitness for m in population])
             h = as_array(space, [m.hyperparameters for m in population])
             source, h = replace(h, fitness, rng)
             parents = [population[i].id for i in source]
@@ -67,7 +67,7 @@ def train_on(config, space, workers, run, replace):
 def exploit_and_explore(h, fitness, space, rng):
     """PBT's step [21]: each of the worst quarter becomes a copy of a random one of the best
     quarter, and its hyperparameters are multiplied or divided by 1.2 or drawn anew. Diverged
-    members have fitness -1. Returns the source of each member, an index (n,), and the new h."""
+    members have fitness -inf. Returns the source of each member, an index (n,), and the new h."""
     n = len(h)
     quarter = int(n * TRUNCATION)
     order = best_first(fitness, n)
@@ -75,8 +75,8 @@ def exploit_and_explore(h, fitness, space, rng):
     if quarter == 0:
         return source, h
     best, worst = order[:quarter], order[n - quarter:]
-    if (fitness >= 0).any():  # never a diverged one while another lives
-        best = best[fitness[best] >= 0]
+    if np.isfinite(fitness).any():  # never a diverged one while another lives
+        best = best[np.isfinite(fitness[best])]
     source[worst] = rng.choice(best, size=quarter)
     factor = np.where(rng.random((quarter, len(space))) < 0.5, PERTURBATION, 1 / PERTURBATION)
     low, high = np.array([[v.low, v.high] for v in space]).reshape(-1, 2).T

@@ -67,6 +67,8 @@ class Config:
     """Score, teach and keep the mean of the weights of so many generations; not in the paper"""
 
     # Evolution, Sec. 3.2.
+    fitness: str = "accuracy"
+    """accuracy, balanced-accuracy, f1-macro or package.module:function, on the validation images"""
     population: Count = 40  # P, networks in the population
     generations: Count = 25  # n of Algorithm 1
     elites: Positive = 0.5  # k, how many survive unchanged; below 1, a share of P

@@ -44,7 +44,8 @@ from evolution import (
     select_elites,
     tournament,
 )
-from models import factory_name, find_factory
+from metrics import find_metric, tried_metric
+from models import find_factory, import_name
 from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest, read_config
 from replay import checked_schedule, replay, replay_config
@@ -111,18 +112,23 @@ METHODS = {"epbt": epbt, "pbt": pbt, "baseline": independent, "random": independ
 
 
 def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None,
-           report=print):
+           report=print, fitness=None):
     """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, for example.
 
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so
     that worker processes find it. train, test: (images, labels) or map-style Datasets, as
     data.make_data takes them; augmentation: an Augmentation of these, None is none.
     space: the evolved variables, as (*config.search_space(), Variable("weight_decay", 0, 1e-3)).
-    report: called with each line for people. Raises ConfigError, DataError, RunError and
-    taylorglo_ext.BackendError, whose messages are clear lines."""
+    report: called with each line for people. fitness: called as fitness(logits, labels) on tensors
+    (N, classes) and (N,) of the validation images, higher is better; None is config.fitness.
+    Raises ConfigError, DataError, RunError and taylorglo_ext.BackendError, whose messages are
+    clear lines."""
     begin = time.perf_counter()
     if make_model is not None:
-        config = replace(config, model=factory_name(make_model))
+        name = import_name(make_model, "make_model(num_classes=..., in_channels=...)")
+        config = replace(config, model=name)
+    if fitness is not None:
+        config = replace(config, fitness=import_name(fitness, "fitness(logits, labels)"))
     if train is not None:
         augmentation = (augmentation or Augmentation()).spec()
         config = replace(config, dataset="custom", augmentation=augmentation)
@@ -140,6 +146,7 @@ def run(config, train, test, space, report, begin):
     data = read_data(config, train, test)
     for line in (cost(config), *data.describe()):
         report(line)
+    tried_metric(config.fitness, data)
     space = config.search_space(data.augmentation.cutout) if space is None else space
     space = checked_space(space, HYPERPARAMETERS)
     backend = taylorglo_ext.load(config.loss_backend, config.device)
@@ -171,6 +178,7 @@ def settled(config):
     """The config with nothing left at "auto" that needs no data. Raises ConfigError, RunError."""
     check(config)
     find_factory(config.model)
+    find_metric(config.fitness)
     if config.replay:
         checked_schedule(config)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -187,9 +195,11 @@ def settled(config):
     if images.is_dir() and Path(out).resolve().is_relative_to(images.resolve()):
         raise ConfigError(f"--out {out} must not lie within --dataset {images}, where each folder "
                           "is a class")
-    if config.model.startswith("__main__:") and workers != 1:
-        raise ConfigError("worker processes cannot find a make_model that is in no file: put it "
-                          "into one, or use workers=1")
+    if any(name.startswith("__main__:") for name in (config.model, config.fitness)):
+        if config.workers > 1 or device != "cpu":
+            raise ConfigError("worker processes cannot find a function that is in no file, as in a "
+                              "notebook: put it into one, or use workers=1 on a CPU")
+        workers = 1
     return replace(config, device=device, threads=threads, workers=workers, out=out)
 
 

@@ -177,7 +177,7 @@ def find_factory(name):
     if module == "torchvision" and colon:
         return torchvision_factory(attribute)
     if module and attribute:
-        return own_factory(module, attribute)
+        return imported("--model", module, attribute)
     raise ConfigError(f"--model: no model is called {name!r}{nearest(name, MODELS)}; accepted are "
                       f"{', '.join(MODELS)}, torchvision:NAME and package.module:factory")
 
@@ -210,33 +210,35 @@ def replace_stem(model, in_channels):
     return model
 
 
-def own_factory(module, attribute):
+def imported(flag, module, attribute):
+    """A function of the user's, by name. flag: of which option, for errors. Raises ConfigError."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file of the user's hides one of ours
     try:
         found = importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise ConfigError(f"--model {module}:{attribute}: cannot import {module!r} "
+        raise ConfigError(f"{flag} {module}:{attribute}: cannot import {module!r} "
                           f"({type(error).__name__}: {message(error)})") from error
-    factory = getattr(found, attribute, None)
-    if not callable(factory):
-        raise ConfigError(f"--model {module}:{attribute}: {getattr(found, '__file__', module)} has "
+    function = getattr(found, attribute, None)
+    if not callable(function):
+        raise ConfigError(f"{flag} {module}:{attribute}: {getattr(found, '__file__', module)} has "
                           f"no callable {attribute!r}{nearest(attribute, vars(found))}")
-    return factory
+    return function
 
 
-def factory_name(factory):
-    """The name of a factory, by which worker processes find it. Raises ConfigError."""
-    module, main = getattr(factory, "__module__", None), sys.modules["__main__"]
-    name = getattr(factory, "__qualname__", f"an object of the class {type(factory).__name__}")
-    if not callable(factory) or getattr(sys.modules.get(module), name, None) is not factory:
-        raise ConfigError("make_model must be a function or class at the top level of a module, "
-                          f"called as make_model(num_classes=..., in_channels=...), not {name}")
+def import_name(function, called):
+    """The name of a function, by which worker processes find it. called: how, for errors, such as
+    "make_model(num_classes=..., in_channels=...)". Raises ConfigError."""
+    module, main = getattr(function, "__module__", None), sys.modules["__main__"]
+    name = getattr(function, "__qualname__", f"an object of the class {type(function).__name__}")
+    if not callable(function) or getattr(sys.modules.get(module), name, None) is not function:
+        raise ConfigError("it must be a function or class at the top level of a module, called as "
+                          f"{called}, not {name}")
     if module == "__main__" and os.path.isfile(getattr(main, "__file__", "")):
         # Of a script, which is a module elsewhere; it is not to be carried out again here.
         script = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
         if "." in script and not main.__spec__:
-            raise ConfigError(f"make_model is in {Path(main.__file__).name}, which cannot be "
+            raise ConfigError(f"{name} is in {Path(main.__file__).name}, which cannot be "
                               "imported: there must be no dot before .py")
         if sys.modules.setdefault(script, main) is main:
             module = script

@@ -14,6 +14,7 @@ from augmentation import draw_augmentation, make_batch, normalize
 from data import ImageSet
 from errors import RunError
 from evolution import random_stream
+from metrics import measured
 from models import make_model, random_states_kept, seed_numpy_and_python
 from records import Individual, finite_or_none, load_individual, save_individual
 from settings import settings
@@ -292,8 +293,11 @@ class Trainer:
         finite = individual.loss is not None and np.isfinite(logits).all() and all_finite(state)
         individual.diverged = not finite
         individual.correct = (logits.argmax(1) == self.validation.labels) & finite
-        individual.fitness = float(individual.correct.mean())
+        individual.fitness = self.validation.measured(logits) if finite else 0.0
         individual.test_accuracy = self.test.accuracy()
+        if self.config.fitness != "accuracy":
+            individual.scores.update(validation_accuracy=float(individual.correct.mean()),
+                                     test_fitness=self.test.measured(self.test.logits()))
         if self.mislabelled is not None:  # the share of the wrong labels that it has learned by heart
             individual.scores["memorised"] = self.mislabelled.accuracy()
 
@@ -317,6 +321,10 @@ class Classifier:
 
     def accuracy(self):
         return float((self.logits().argmax(1) == self.labels).mean())
+
+    def measured(self, logits):
+        """The metric that is the fitness."""
+        return measured(self.trainer.config.fitness, torch.from_numpy(logits), torch.from_numpy(self.labels))
 
     def logits(self):
         """Of all images, a NumPy array (N, classes) float32."""

@@ -59,7 +59,7 @@ def try_model(config, data):
     some = ImageSet(data.test.images[:2], data.test.labels[:2])
     data = replace(data, validation=some, test=some, train_clean=None,
                    train=ImageSet(data.train.images[rows], data.train.labels[rows]))
-    trainer = Trainer(replace(config, batch_size=batch, epochs=1, generations=2, milestones=()), data)
+    trainer = Trainer(replace(config, batch_size=batch, epochs=1, fitness="accuracy", generations=2, milestones=()), data)
     refuse_shared(trainer)
     with tempfile.TemporaryDirectory() as folder:
         path = [Path(folder) / f"{i}.safetensors" for i in range(2)]
