@@ -57,17 +57,17 @@ def train_on(config, space, workers, run, replace):
             h = as_array(space, [m.hyperparameters for m in population])
             source, h = replace(h, fitness, rng)
             parents = [population[i].id for i in source]
-        pairs = zip(as_dicts(space, h), parents, strict=True)
-        population = workers.evaluate([Individual(g * config.population + i, g, hyperparameters, parent)
-                                       for i, (hyperparameters, parent) in enumerate(pairs)])
+        first, children = g * config.population, zip(as_dicts(space, h), parents, strict=True)
+        population = workers.evaluate([Individual(first + i, g, hyperparameters, parent)
+                                       for i, (hyperparameters, parent) in enumerate(children)])
         run.record(g, population)
         yield g, population
 
 
 def exploit_and_explore(h, fitness, space, rng):
-    """PBT's step [21]: each of the worst quarter becomes a copy of a random one of the best quarter,
-    and its hyperparameters are multiplied or divided by 1.2 or drawn anew. Diverged members have
-    fitness -inf. Returns the source of each member, an index (n,), and the new h."""
+    """PBT's step [21]: each of the worst quarter becomes a copy of a random one of the best
+    quarter, and its hyperparameters are multiplied or divided by 1.2 or drawn anew. Diverged
+    members have fitness -inf. Returns the source of each member, an index (n,), and the new h."""
     n = len(h)
     quarter = int(n * TRUNCATION)
     order = best_first(fitness, n)

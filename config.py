@@ -4,14 +4,12 @@
 is this dataclass: the text under a field is its help.
 """
 
-import sys
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
-from errors import ConfigError, nearest
+from errors import LEAST, MOST, ConfigError, mistake, nearest
 from evolution import RATE, search_space
 
-LEAST, MOST = sys.float_info.min, sys.float_info.max
 # A number, the lowest and the highest that a field accepts.
 Count, CountOrAuto = Annotated[int, 1, MOST], Annotated[int, 0, MOST]
 Share, NotNegative = Annotated[float, 0, 1], Annotated[float, 0, MOST]
@@ -211,27 +209,6 @@ def check(config):
     lines = [f"{flag(name)} must be {line}" for name, line in found if line]
     if lines := lines or contradictions(config):
         raise ConfigError("\n".join(lines))
-
-
-def mistake(declared, value):
-    """What a value must be and is not, or None."""
-    kind, *arguments = get_origin(declared), *get_args(declared)
-    if kind is Literal:
-        return None if value in arguments else (
-            f"one of {', '.join(arguments)}, not {value!r}{nearest(str(value), arguments)}")
-    if kind is tuple:
-        if not isinstance(value, tuple):
-            return f"a tuple of numbers, not {value!r}"
-        return next(filter(None, (mistake(arguments[0], x) for x in value)), None)
-    if kind is None:
-        word = {str: "text", bool: "True or False"}[declared]
-        return None if isinstance(value, declared) else f"{word}, not {value!r}"
-    number, low, high = arguments
-    if isinstance(value, (int, number)) and not isinstance(value, bool) and low <= value <= high:
-        return None
-    word = "a whole number" if number is int else "a number"
-    word += " above 0" if low == LEAST else f" from {low} on"
-    return f"{word}{f' and at most {high:.0f}' if high < MOST else ''}, not {value!r}"
 
 
 def contradictions(c):

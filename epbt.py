@@ -15,7 +15,6 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import closing, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +30,11 @@ from augmentation import Augmentation
 from baselines import independent, pbt
 from config import Config, check, flag
 from data import load_data, make_data
-from errors import ConfigError, DataError, RunError, message, nearest
+from errors import ConfigError, DataError, RunError, message
 from evolution import (
-    Variable,
     as_array,
     as_dicts,
+    checked_space,
     crossover,
     initialize,
     known_loss,
@@ -69,7 +68,8 @@ def epbt(config, space, data, workers, run):
         alive = [m for m in M if not m.diverged]
         if not alive:
             # Sec. 3.2, Initialization; paper: unspecified: again, if a whole generation diverged.
-            h = first_generation(config, space, data, rng)
+            known = {**config.fixed(data.augmentation.cutout), **known_loss(data.num_classes)}
+            h = initialize(space, config.population, rng, known, config.known_losses)
             teacher, alpha, elites, N = None, 0.0, [], newborn(M, g, as_dicts(space, h))
         else:
             fitness, k = np.array([m.fitness for m in alive]), min(config.k, len(alive))
@@ -95,12 +95,6 @@ def epbt(config, space, data, workers, run):
         M = sorted(elites, key=lambda m: m.id) + N
         run.record(g, M, elites)
         yield g, M
-
-
-def first_generation(config, space, data, rng):
-    """h of the initial population."""
-    known = {**config.fixed(data.augmentation.cutout), **known_loss(data.num_classes)}
-    return initialize(space, config.population, rng, known, config.known_losses)
 
 
 def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
@@ -153,7 +147,8 @@ def run(config, train, test, space, report, begin):
     for line in (cost(config), *data.describe()):
         report(line)
     tried_metric(config.fitness, data)
-    space = checked_space(config.search_space(data.augmentation.cutout) if space is None else space)
+    space = config.search_space(data.augmentation.cutout) if space is None else space
+    space = checked_space(space, HYPERPARAMETERS)
     backend = taylorglo_ext.load(config.loss_backend, config.device)
     config = tried(replace(config, loss_backend=backend), data, report)
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
@@ -161,7 +156,9 @@ def run(config, train, test, space, report, begin):
     if config.replay:
         identity["schedule"] = checked_schedule(config)
     with closing(RunFolder(config.out, identity, config.resume, config.overwrite)) as folder:
-        if not folder.finished:
+        if folder.finished:
+            report(f"{config.out} is finished: its files stay as they are")
+        else:
             done, total = folder.evaluated(), config.evaluations()
             with (tqdm(initial=done, total=total, unit=" networks", disable=None) as bar,
                   closing(make_pool(config, data)) as pool):
@@ -221,31 +218,6 @@ def make_pool(config, data):
     if config.device == "cpu" and config.workers == 1:
         return ThisProcess(config, data)
     return Processes(config, data, config.workers)
-
-
-def checked_space(space):
-    """The variables as a tuple. Raises ConfigError if training cannot apply one."""
-    space = tuple(space) if isinstance(space, Iterable) else (space,)
-    for v in space:
-        if not isinstance(v, Variable):
-            raise ConfigError("space must be a tuple of evolution.Variable, such as "
-                              f'Variable("momentum", 0.5, 0.9), not {v!r}')
-    names, lines = [v.name for v in space], []
-    for v in space:
-        lowest = 1e-9 if v.name == "lr_decay" else 0
-        highest = 1 if v.name == "momentum" else np.inf
-        if v.name not in HYPERPARAMETERS:
-            lines.append(f"no hyperparameter is called {v.name!r}{nearest(v.name, HYPERPARAMETERS)}"
-                         f"; accepted are {', '.join(HYPERPARAMETERS)}")
-        elif names.count(v.name) > 1:
-            lines.append(f"{v.name} is twice among the evolved variables")
-        elif "theta" not in v.name and not (v.clip and lowest <= v.low and v.high <= highest):
-            lines.append(f"{v.name} must stay from {lowest} to {highest}, with clip, and is {v}")
-    if sum("theta" in name for name in names) not in (0, 8):
-        lines.append("the evolved variables must have all of the eight thetas, or none")
-    if lines:
-        raise ConfigError("\n".join(dict.fromkeys(lines)))
-    return space
 
 
 def read_data(config, train, test):

@@ -2,7 +2,11 @@
 
 import difflib
 import re
+import sys
 from contextlib import contextmanager
+from typing import Literal, get_args, get_origin
+
+LEAST, MOST = sys.float_info.min, sys.float_info.max  # the positive numbers
 
 
 def plain(text):
@@ -22,6 +26,28 @@ def nearest(name, names):
     lower = {candidate.lower(): candidate for candidate in names}
     matches = difflib.get_close_matches(name.lower(), lower, n=1)
     return f", did you mean {lower[matches[0]]!r}?" if matches else ""
+
+
+def mistake(declared, value):
+    """What a value must be and is not, or None. declared: str, bool, Literal, a tuple, or a number
+    as Annotated[int or float, lowest, highest]."""
+    kind, *arguments = get_origin(declared), *get_args(declared)
+    if kind is Literal:
+        return None if value in arguments else (
+            f"one of {', '.join(arguments)}, not {value!r}{nearest(str(value), arguments)}")
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return f"a tuple of numbers, not {value!r}"
+        return next(filter(None, (mistake(arguments[0], x) for x in value)), None)
+    if kind is None:
+        word = {str: "text", bool: "True or False"}[declared]
+        return None if isinstance(value, declared) else f"{word}, not {value!r}"
+    number, low, high = arguments
+    if isinstance(value, (int, number)) and not isinstance(value, bool) and low <= value <= high:
+        return None
+    word = "a whole number" if number is int else "a number"
+    word += " above 0" if low == LEAST else f" from {low} on"
+    return f"{word}{f' and at most {high:.0f}' if high < MOST else ''}, not {value!r}"
 
 
 class ConfigError(Exception):

@@ -5,9 +5,12 @@ in the order of the search space. Callers pass individuals in the order of their
 go to the lower index" means ties go to the older individual, and no order depends on chance.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
+from errors import ConfigError, nearest
 
 STREAMS = ("evolution", "training", "weights")
 
@@ -22,8 +25,8 @@ def random_stream(purpose, seed, *key):
 
 @dataclass(frozen=True)
 class Variable:
-    """One evolved hyperparameter: its initial range, whether it is drawn uniformly in its logarithm,
-    and whether mutation is clipped to that range."""
+    """One evolved hyperparameter: its initial range, whether it is drawn uniformly in its
+    logarithm, and whether mutation is clipped to that range."""
 
     name: str
     low: float
@@ -70,6 +73,33 @@ def search_space(theta_range=10.0, high_rates=False, cutout=0):
 SEARCH_SPACE = search_space()
 
 
+def checked_space(space, accepted):
+    """The variables as a tuple. Raises ConfigError for one that training cannot apply. accepted:
+    the names of all hyperparameters."""
+    space = tuple(space) if isinstance(space, Iterable) else (space,)
+    for v in space:
+        if not isinstance(v, Variable):
+            raise ConfigError("space must be a tuple of evolution.Variable, such as "
+                              f'Variable("momentum", 0.5, 0.9), not {v!r}')
+    names, lines = [v.name for v in space], []
+    for v in space:
+        above, highest = v.name == "lr_decay", 1 if v.name == "momentum" else np.inf
+        if v.name not in accepted:
+            lines.append(f"no hyperparameter is called {v.name!r}{nearest(str(v.name), accepted)}; "
+                         f"accepted are {', '.join(accepted)}")
+        elif names.count(v.name) > 1:
+            lines.append(f"{v.name} is twice among the evolved variables")
+        elif "theta" not in v.name and not (v.clip and v.low >= 0 and v.high <= highest
+                                            and (v.low or not above)):
+            lines.append(f"{v.name} must stay {'above' if above else 'from'} 0"
+                         f"{' to 1' * (highest == 1)}, with clip: it is {v}")
+    if sum("theta" in str(name) for name in names) not in (0, 8):
+        lines.append("the evolved variables must have all of the eight thetas, or none")
+    if lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return space
+
+
 def as_array(space, hyperparameters):
     """h of shape (individuals, variables) from a dict for each individual."""
     return np.array([[each[v.name] for v in space] for each in hyperparameters], dtype=float)
@@ -98,7 +128,7 @@ def initialize(space, n, rng, known=None, copies=0):
 
 
 def known_loss(classes):
-    """theta, as a dict, of a loss that is known to learn: the second-order expansion of cross-entropy.
+    """theta, as a dict, of a loss that is known to learn: cross-entropy to the second order.
 
     For the probability y of the right class, -log y = (1 - y) + (1 - y)^2 / 2 + ... around y = 1.
     In Eq. 2, theta0 = 0 makes (x - theta0) the one-hot label, which leaves of the sum over classes
@@ -118,8 +148,8 @@ def tournament(fitness, n, t, rng):
 
 
 def mutate(h, space, sigma, reset_probability, rng):
-    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), then with reset_probability a fresh
-    draw, for each variable independently. Variables with clip stay within their range."""
+    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), then with reset_probability a
+    fresh draw, for each variable independently. Variables with clip stay within their range."""
     mutated = h * (1 + sigma * rng.standard_normal(h.shape))
     for i, v in enumerate(space):
         if v.clip:
@@ -129,9 +159,9 @@ def mutate(h, space, sigma, reset_probability, rng):
 
 
 def crossover(h, probability, rng):
-    """Sec. 3.2, Step 2, operator xi: each variable is taken, with the given probability (the paper's
-    50%), from one other member of the set. Returns the children (n, variables) and for each the
-    index of the member that gave something, or -1 where none did."""
+    """Sec. 3.2, Step 2, operator xi: each variable is taken, with the given probability (the
+    paper's 50%), from one other member of the set. Returns the children (n, variables) and for each
+    the index of the member that gave something, or -1 where none did."""
     n = len(h)
     if n < 2:
         return h.copy(), np.full(n, -1)
@@ -160,9 +190,9 @@ def novelty_elites(fitness, behaviour, k, m):
     """Sec. 2.5 and 3.4: of the m fittest the k most novel, skipping candidates of the same cluster.
 
     paper: unspecified: the fittest always stays; the rest are ranked by S_i (ties by fitness, then
-    age). The first k - 1 are kept, each remaining candidate is put in by turns, and the later ranked
-    of the closest pair drops out; the fittest is in no pair. Returns the indices of the elites, the
-    fittest first, the others by rank."""
+    age). The first k - 1 are kept, each remaining candidate is put in by turns, and the later
+    ranked of the closest pair drops out; the fittest is in no pair. Returns the indices of the
+    elites, the fittest first, the others by rank."""
     candidates = best_first(fitness, m)
     scores, distance = novelty_scores(behaviour[candidates])
     ranked = 1 + np.argsort(-scores[1:], kind="stable")  # candidates are sorted by fitness already
@@ -175,7 +205,7 @@ def novelty_elites(fitness, behaviour, k, m):
 
 
 def select_elites(fitness, correct, k, m, n, novel, rng):
-    """Alg. 1, step 3b: indices of the k fittest, or where novel of the k most novel of the m fittest.
+    """Alg. 1, step 3b: indices of the k fittest, or if novel the k most novel of the m fittest.
 
     correct: (individuals, validation images) booleans. Sec. 3.4: the behaviour is taken on n of the
     images, chosen at random; paper: unspecified: anew in each generation."""

@@ -68,7 +68,7 @@ def finish(config, folder, data, report):
 
 def formula(t):
     """Eq. 2 with the eight numbers of theta, x the label and y the softmax."""
-    a, b = f"(y {-t[1]:+.3g})", f"(x {-t[0]:+.3g})"
+    a, b = f"(y {0 - t[1]:+.3g})", f"(x {0 - t[0]:+.3g})"
     factors = t[2], t[3] / 2, t[4] / 6, t[5], t[6] / 2, t[7] / 2
     terms = zip(factors, (a, a + "^2", a + "^3", b + a, b + a + "^2", b + "^2" + a), strict=True)
     return "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"

@@ -19,8 +19,7 @@ NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch
 # Fields of the run's config that a replay takes over.
 SHARED = ("dataset", "model", "batch_size", "add_cross_entropy", "image_size", "augmentation")
 # Fields whose place the schedule takes.
-DECIDED = ("learning_rate", "lr_decay", "momentum", "weight_decay", "loss",
-           "add_cross_entropy")
+DECIDED = "learning_rate", "lr_decay", "momentum", "weight_decay", "loss", "add_cross_entropy"
 
 
 def ancestry(log):
