@@ -306,7 +306,8 @@ def test_a_scripted_model_may_carry_the_loss():
 def test_a_schedule_has_a_loss_for_each_epoch():
     logits, labels, theta, teacher_logits = problem(8, 10)
     first, second = losses(
-        {"epochs": [{"theta": theta.tolist()}, {"theta": None}], "add_cross_entropy": True}
+        {"epochs": [{"theta": theta.tolist()}, {"theta": None}], "add_cross_entropy": True,
+         "plain_loss": "cross-entropy"}
     )
     both = taylorglo_loss(logits, labels, theta) + F.cross_entropy(logits, labels)
     torch.testing.assert_close(first(logits, labels), both)
