@@ -178,13 +178,12 @@ ablations() {
     experiment without-distillation   --method epbt $first --distillation 0
     experiment without-crossover      --method epbt $first --crossover 0
     experiment without-taylorglo      --method epbt $first --loss cross-entropy
-    experiment with-viable-init       --method epbt $first --viable-init
-    experiment with-normalized-loss   --method epbt $first --viable-init --normalize-loss
+    experiment with-known-losses      --method epbt $first --known-losses 2
     experiment with-cross-entropy     --method epbt $first --add-cross-entropy
     experiment with-averaged-weights  --method epbt $first --average-weights 1
     experiment best                   --method epbt $first --preset best
     draw ablations figure2/epbt without-novelty without-pulsation without-distillation without-crossover \
-        without-taylorglo with-viable-init with-normalized-loss with-cross-entropy with-averaged-weights best
+        without-taylorglo with-known-losses with-cross-entropy with-averaged-weights best
 }
 
 replays() {  # replays NAME RUN OPTIONS: one network by the schedule that each run of RUN evolved

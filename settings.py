@@ -1,36 +1,47 @@
-"""PyTorch's global settings for the duration of a run, whatever the caller has set (a Jupyter cell, Lightning, ...).
+"""PyTorch's global settings for the duration of a run, whatever the caller has set (a Jupyter cell,
+Lightning, ...).
 
-Without this, a run in the caller's process would give other bits than the same run in worker processes.
+Without this, a run in the caller's process would give other bits than the same run in workers.
 """
 
 import os
-from contextlib import ExitStack, contextmanager
+import sys
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import partial
 
+import numpy as np
 import torch
 
 import taylorglo_ext
 from errors import RunError
 
-FP32_PRECISION = "fp32_precision"
-
 
 @contextmanager
 def settings(config):
-    """Within it, a run depends on its config alone. config: as `epbt.settled` returns it. Raises RunError."""
+    """Within it, a run depends on its config alone. config: as `epbt.settled` returns it. Raises
+    RunError."""
     device = torch.device(config.device)
-    if device.type == "cuda" and config.precision == "bfloat16" and torch.cuda.get_device_capability(device)[0] < 8:
+    if (device.type == "cuda" and config.precision == "bfloat16"
+            and torch.cuda.get_device_capability(device)[0] < 8):
         raise RunError("--precision bfloat16 needs a GPU of compute capability 8.0 or more, not "
                        f"{torch.cuda.get_device_name(device)}")
     if config.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by a process's first call of cuBLAS
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by the first call of cuBLAS
     with ExitStack() as stack:
-        for get, set_to, value in wanted(config):
-            stack.callback(set_to, get())
+        # All are read before one is set, since some change others.
+        for set_to, before, value in [(s, get(), value) for get, s, value in wanted(config)]:
+            stack.callback(set_to, before)
             set_to(value)
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":  # as a context it would cost every call
+            stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
+        if sys.stderr is None:  # closed, and progress bars write to it
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stderr(nowhere))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(np.errstate(all="ignore"))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
         taylorglo_ext.load(config.loss_backend, device.type)
@@ -41,20 +52,36 @@ def wanted(config):
     """(getter, setter, value) of each setting."""
     yield torch.get_num_threads, torch.set_num_threads, config.threads
     yield torch.get_default_dtype, torch.set_default_dtype, torch.float32
-    yield torch.get_default_device, torch.set_default_device, "cpu"
-    yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
-    # As torch.use_deterministic_algorithms, which takes a second, as it imports PyTorch's compiler.
+    # As torch.use_deterministic_algorithms, which takes a second: it imports PyTorch's compiler.
     yield (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode,
            "error" if config.deterministic else "default")
     yield flushes_denormals, torch.set_flush_denormal, False
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    for owner, name, value in ((cudnn, "enabled", True), (cudnn, "benchmark", not config.deterministic),
-                               (cudnn, "deterministic", config.deterministic), (mkldnn, "enabled", True),
-                               (mkldnn.conv, FP32_PRECISION, "none"), (mkldnn.matmul, FP32_PRECISION, "none"),
-                               (cudnn.conv, FP32_PRECISION, "tf32")):
-        yield (lambda o=owner, n=name: getattr(o, n)), (lambda v, o=owner, n=name: setattr(o, n, v)), value
+    cudnn, mkldnn, precision = torch.backends.cudnn, torch.backends.mkldnn, "fp32_precision"
+    for owner, name, value in (
+            (mkldnn, "enabled", True), (cudnn, "enabled", True),
+            (cudnn, "benchmark", not config.deterministic),
+            (cudnn, "deterministic", config.deterministic),
+            *((kind, precision, "ieee") for kind in (mkldnn.conv, mkldnn.matmul, mkldnn.rnn)),
+            *((kind, precision, "tf32") for kind in (cudnn.conv, cudnn.rnn)),
+            (torch.backends.cuda.matmul, precision, "ieee")):
+        yield partial(getattr, owner, name), partial(setattr, owner, name), value
+    yield matmul_precision, set_matmul_precision, "highest"
 
 
 def flushes_denormals():
     """PyTorch has no getter."""
-    return not bool(torch.full((1,), 1e-40, device="cpu") * 1)
+    return not bool(torch.full((1,), 1e-40, dtype=torch.float32, device="cpu") * 1)
+
+
+def matmul_precision():
+    """PyTorch's old setting, or None where the caller has mixed it with the new ones above: PyTorch
+    then refuses to tell it."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def set_matmul_precision(value):
+    if value is not None:
+        torch.set_float32_matmul_precision(value)

@@ -33,7 +33,7 @@ class Slot(Trainer):
         super().__init__(config, data)
         self.captured = not config.no_graphs
         self.graphs, self.network, self.random_states = {}, None, None
-        self.rates = torch.zeros(3, device=self.device).unbind()  # learning rate, momentum, weight decay
+        self.rates = torch.zeros(3, device=self.device)  # learning rate, momentum, weight decay
         self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         self.generator = torch.Generator(self.device)
         torch.cuda.synchronize(self.device)  # what was made on the default stream is about to be used on another
@@ -51,12 +51,10 @@ class Slot(Trainer):
         self.graph(self.step)  # before the weights are loaded, since its first steps change them
         load_tensors(self.network.tensors(), self.new_network(seed).tensors())
 
-    def set_rates(self, learning_rate, momentum, weight_decay):
+    def set_rates(self, rates):
         if not self.captured:
-            return super().set_rates(learning_rate, momentum, weight_decay)
-        for scalar, value in zip(self.rates, (learning_rate, momentum, weight_decay), strict=True):
-            # fill_ would raise for a number beyond float32; copied, it makes the network diverge
-            scalar.copy_(torch.tensor(value, dtype=torch.float64))
+            return super().set_rates(rates)
+        self.rates.copy_(rates)
 
     @torch.no_grad()
     def sgd(self):
@@ -64,7 +62,7 @@ class Slot(Trainer):
         Python number, which a captured graph would freeze."""
         if not self.captured:
             return super().sgd()
-        learning_rate, momentum, weight_decay = self.rates
+        learning_rate, momentum, weight_decay = self.rates.unbind()
         weights, gradients, velocities = self.network.trained()
         if self.kind[-1]:
             gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, weight_decay))
@@ -128,12 +126,12 @@ class Slot(Trainer):
     def rehearse(self, count):
         """So many training steps as most of the run's are, of a slot that has evaluated nothing."""
         if self.network is None:
-            theta = dict.fromkeys((f"theta{i}" for i in range(8)), 1.0) if self.config.evolves_theta else {}
+            names = (f"theta{i}" for i in range(8) if self.config.evolves_theta)
+            h = self.config.fixed(self.data.augmentation.cutout) | dict.fromkeys(names, 1.0)
             stand_in = Path("stand-in") if self.config.distillation else None
-            self.set_hyperparameters({**self.config.fixed(self.data.augmentation.cutout), **theta},
-                                     Task(Individual(0, 0, {}), Path(), teacher=stand_in))
+            self.set_hyperparameters(h, Task(Individual(0, 0, {}), Path(), teacher=stand_in))
             self.make_networks(seed=0)
-            self.set_rates(0.0, 0.0, 0.0)
+            self.set_rates(torch.zeros(3))
         while count > 0:
             self.repeat(self.step, min(count, self.steps))
             count -= self.steps

@@ -14,7 +14,8 @@ from torch.optim.sgd import sgd
 from augmentation import draw_augmentation, make_batch, normalize
 from data import ImageSet
 from errors import RunError
-from evolution import first_step, random_stream
+from evolution import random_stream
+from metrics import measured
 from models import make_model, random_states_kept, seed_numpy_and_python
 from records import Individual, finite_or_none, load_individual, save_individual
 from settings import settings
@@ -57,8 +58,9 @@ class Network:
         load_tensors(self.tensors(), state)
 
     def trained(self):
-        """The parameters that have a gradient, their gradients and their momentum buffers: three lists."""
-        found = [(p, p.grad, self.momentum[name]) for name, p in self.model.named_parameters() if p.grad is not None]
+        """The parameters that have a gradient, their gradients and their momenta: three lists."""
+        found = [(p, p.grad, self.momentum[name]) for name, p in self.model.named_parameters()
+                 if p.grad is not None]
         return map(list, zip(*found, strict=True))
 
 
@@ -145,7 +147,7 @@ class Trainer:
         self.alpha.fill_(task.alpha)
         self.theta = None
         if self.has_theta:
-            self.theta = scaled_theta(h, self.config.normalize_loss, self.data.num_classes)
+            self.theta = np.array([h[f"theta{i}"] for i in range(8)])
             self.taylorglo.theta.copy_(torch.from_numpy(self.theta))
         task.individual.applied = dict(
             learning_rate=[], theta=None if self.theta is None else [float(x) for x in self.theta],
@@ -189,13 +191,16 @@ class Trainer:
             clock = individual.generation * self.config.epochs + epoch
             rate = learning_rate(self.h, clock, self.config)
             individual.applied["learning_rate"].append(rate)
-            self.set_rates(rate, self.h["momentum"], self.h["weight_decay"])
+            # What is beyond float32 becomes infinite, and the network diverges.
+            rates = torch.tensor((rate, self.h["momentum"], self.h["weight_decay"]), dtype=torch.float64)
+            self.set_rates(rates.float())
             individual.loss = finite_or_none(self.train_epoch(rng))
             if individual.loss is None:
                 break
 
-    def set_rates(self, learning_rate, momentum, weight_decay):
-        self.rates = dict(lr=learning_rate, momentum=momentum, weight_decay=weight_decay)
+    def set_rates(self, rates):
+        """rates: (3,) float32: learning rate, momentum, weight decay."""
+        self.rates = rates
 
     def train_epoch(self, rng):
         """One pass over the training images, in a new order, under new augmentations. Returns the mean loss."""
@@ -264,8 +269,11 @@ class Trainer:
 
     @torch.no_grad()
     def sgd(self):
-        """torch.optim.SGD's step, without its class, which takes a second, as it imports PyTorch's compiler."""
-        sgd(*self.network.trained(), fused=True, dampening=0.0, nesterov=False, maximize=False, **self.rates)
+        """The step of torch.optim.SGD, a class that takes a second, as it imports PyTorch's compiler. Not the
+        fused one, which would mix up weights whose order in memory is not their gradient's."""
+        learning_rate, momentum, weight_decay = self.rates.tolist()
+        sgd(*self.network.trained(), foreach=True, lr=learning_rate, momentum=momentum, weight_decay=weight_decay,
+            dampening=0.0, nesterov=False, maximize=False)
 
     @torch.no_grad()
     def approach(self, weight):
@@ -292,8 +300,11 @@ class Trainer:
         finite = individual.loss is not None and np.isfinite(logits).all() and all_finite(state)
         individual.diverged = not finite
         individual.correct = (logits.argmax(1) == self.validation.labels) & finite
-        individual.fitness = float(individual.correct.mean())
+        individual.fitness = self.validation.measured(logits) if finite else 0.0
         individual.test_accuracy = self.test.accuracy()
+        if self.config.fitness != "accuracy":
+            individual.scores.update(validation_accuracy=float(individual.correct.mean()),
+                                     test_fitness=self.test.measured(self.test.logits()))
         if self.mislabelled is not None:  # the share of the wrong labels that it has learned by heart
             individual.scores["memorised"] = self.mislabelled.accuracy()
 
@@ -317,6 +328,10 @@ class Classifier:
 
     def accuracy(self):
         return float((self.logits().argmax(1) == self.labels).mean())
+
+    def measured(self, logits):
+        """The metric that is the fitness."""
+        return measured(self.trainer.config.fitness, torch.from_numpy(logits), torch.from_numpy(self.labels))
 
     def logits(self):
         """Of all images, a NumPy array (N, classes) float32."""
@@ -344,15 +359,3 @@ def learning_rate(h, epoch, config):
     """The rate in an epoch of the whole run: learning_rate * scale / decay^(milestones passed), Sec. 4.1."""
     passed = sum(epoch >= round(share * config.generations * config.epochs) for share in config.milestones)
     return config.learning_rate * h["lr_scale"] / h["lr_decay"] ** passed
-
-
-def scaled_theta(h, normalize_loss, num_classes):
-    """theta as the loss takes it. With normalize_loss (not in the paper), Eq. 2 is multiplied by the factor that
-    makes its first step as large as that of cross-entropy.
-
-    At the uniform prediction y = 1/n, dL/dz of the true class is -(1/n) y (1 - y) first_step(theta), and that of
-    cross-entropy is -(1 - y). The sign stays, and the floor keeps a loss that hardly moves from exploding."""
-    theta = np.array([h[f"theta{i}"] for i in range(8)])
-    if normalize_loss:
-        theta[2:] *= num_classes**2 / max(abs(first_step(theta, num_classes)), 1e-2)
-    return theta

@@ -1,11 +1,11 @@
-"""Where evaluations run: in this process, or on a pool of processes on CPU cores or GPUs. cluster.py is for Ray.
+"""Where evaluations run: in this process, or on processes on CPU cores or GPUs; cluster.py: on Ray.
 
-"Since the evaluation of an individual does not depend on other individuals, the entire EPBT process can be
-parallelized" (Sec. 3.1). So a run gives the same bits for any number of workers. Weights travel through the run's
-folder, images through shared memory; only tasks and scores go through a pipe.
+"Since the evaluation of an individual does not depend on other individuals, the entire EPBT process
+can be parallelized" (Sec. 3.1). So a run gives the same bits for any number of workers. Weights
+travel through the run's folder, images through shared memory, tasks and scores through a pipe.
 
-On a CPU a worker is a process, with one thread unless --threads says more; a single one is this process. A GPU has
-one process, and in it as many slots as pay (slots.py).
+On a CPU a worker is a process, with one thread unless --threads says more; a single one is this
+process. A GPU has one process, and in it as many slots as pay (slots.py).
 """
 
 import ctypes
@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections import Counter, deque
@@ -23,7 +24,7 @@ from multiprocessing import connection, forkserver, parent_process
 import torch
 import torch.multiprocessing as multiprocessing
 
-from errors import RunError
+from errors import RunError, message
 from settings import settings
 from slots import Slot, Turns, out_of_memory, worthwhile_slots
 from taylorglo_ext import BackendError
@@ -37,10 +38,10 @@ PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
 
 
 class Workers:
-    """Evaluates individuals; what an interrupted run has already evaluated is taken from its folder."""
+    """Evaluates individuals; what an interrupted run has evaluated is taken from its folder."""
 
     def __init__(self, pool, folder, progress):
-        """pool: a ThisProcess, Processes or cluster.RayPool. progress: something with tqdm's update(n)."""
+        """pool: a ThisProcess, Processes or cluster.RayPool. progress: has tqdm's update(n)."""
         self.pool, self.folder, self.progress = pool, folder, progress
 
     def evaluate(self, individuals, teacher=None, alpha=0.0):
@@ -48,7 +49,8 @@ class Workers:
         evaluated = {m.id: found for m in individuals if (found := self.folder.recall(m))}
         self.progress.update(len(evaluated))
         path = self.folder.individual_path
-        tasks = [Task(m, path(m.id), None if m.parent is None else path(m.parent), teacher and path(teacher.id), alpha)
+        tasks = [Task(m, path(m.id), None if m.parent is None else path(m.parent),
+                      teacher and path(teacher.id), alpha)
                  for m in individuals if m.id not in evaluated]
         for individual in self.pool.run(tasks):
             evaluated[individual.id] = individual
@@ -78,11 +80,12 @@ class Processes:
     def __init__(self, config, data, count):
         """count: individuals evaluated at once; 0, on GPUs: as many as pay."""
         self.context, self.data = start_server(), data
-        refuse_small_shared_memory(data)  # to which PyTorch moves the images when they are sent to the first worker
+        share(data)
         if config.device == "cpu":
             places = [("cpu", 1)] * count
-        else:  # a GPU always has a process of its own: after a CUDA error only a new process can use it again
-            places = [(f"cuda:{i}", slots) for i, slots in enumerate(shares(count, torch.cuda.device_count()))]
+        else:  # always in another process: after a CUDA error only a new process can use a GPU
+            parts = shares(count, torch.cuda.device_count())
+            places = [(f"cuda:{i}", slots) for i, slots in enumerate(parts)]
         self.workers = [WorkerProcess(self.context, replace(config, device=device), data, slots)
                         for device, slots in places]
         for worker in self.workers:
@@ -93,7 +96,7 @@ class Processes:
         waiting, attempts = deque(tasks), Counter()
         while waiting or any(worker.tasks for worker in self.workers):
             # One task a round to each, so that all GPUs are given the same number.
-            while waiting and (free := [worker for worker in self.workers if len(worker.tasks) < worker.slots]):
+            while waiting and (free := [w for w in self.workers if len(w.tasks) < w.slots]):
                 min(free, key=lambda worker: len(worker.tasks)).give(waiting.popleft())
             busy = {worker.pipe: worker for worker in self.workers if worker.tasks}
             for pipe in connection.wait(list(busy)):  # those that have answered or died
@@ -105,30 +108,30 @@ class Processes:
                     self.replace(busy[pipe], attempts)
 
     def replace(self, worker, attempts):
-        """Start another worker in the place of one that died over its tasks; where the GPU's memory was too small for
-        all of them, with one slot less."""
+        """Start another worker in the place of one that died over its tasks; where the GPU's memory
+        was too small for all of them, with one slot less."""
         self.workers.remove(worker)
         slots, ids = worker.slots, sorted(worker.tasks)
         if worker.process.exitcode == UNGUARDED:
-            raise RunError('worker processes import the script that calls evolve(): the call must stand under '
-                           'if __name__ == "__main__":')
+            raise RunError("worker processes import the script that calls evolve(): the call must "
+                           'stand under if __name__ == "__main__":')
         if worker.process.exitcode == OUT_OF_MEMORY:
             slots -= 1
             if slots == 0 and not self.workers:
-                raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: use a smaller "
-                               "--batch-size or --model, or free the GPU")
-            print(f"out of memory on {worker.config.device}: going on with {slots or 'no'} of its slots",
-                  file=sys.stderr)
+                raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: use "
+                               "a smaller --batch-size or --model, or free the GPU")
+            print(f"out of memory on {worker.config.device}: going on with {slots or 'no'} of its "
+                  "slots", file=sys.stderr)
             if slots == 0:
                 return
         else:
             attempts.update(ids)
             worst = max(ids, key=attempts.get)
             if attempts[worst] == ATTEMPTS:
-                raise RunError(f"individual {worst} could not be evaluated: its worker died {ATTEMPTS} times, the last "
-                               f"time with {worker.died_of()}")
-            print(f"a worker died with {worker.died_of()}; individual {', '.join(map(str, ids))} is evaluated again",
-                  file=sys.stderr)
+                raise RunError(f"individual {worst} could not be evaluated: its worker died "
+                               f"{ATTEMPTS} times, the last time with {worker.died_of()}")
+            print(f"a worker died with {worker.died_of()}; individual "
+                  f"{', '.join(map(str, ids))} is evaluated again", file=sys.stderr)
         self.workers.append(WorkerProcess(self.context, worker.config, self.data, slots))
 
     def close(self):
@@ -139,31 +142,35 @@ class Processes:
 
 
 def shares(count, devices):
-    """Slots for each of the devices: count divided among them, those with none left out; 0 each for 0."""
+    """Slots for each device: count divided among them, those with none left out; 0 each for 0."""
     if count == 0:
         return [0] * devices
     return [count // devices + (i < count % devices) for i in range(min(count, devices))]
 
 
 def start_server():
-    """Workers are forked from a server that has imported torch but started no thread and no CUDA context. It imports
-    in the background; to call this once more does nothing."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself asks
+    """Workers are forked from a server that has imported torch but started no thread and no CUDA
+    context. It imports in the background; to call this once more does nothing. Raises RunError."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks
         os._exit(UNGUARDED)
     context = multiprocessing.get_context("forkserver")
-    # torch by its own name too: before Python 3.13 the server looks for modules in the working directory only, and so may
-    # not find ours.
+    # torch by its own name too: before Python 3.13 the server looks for modules in the working
+    # directory only, and so may not find ours.
     context.set_forkserver_preload(["torch", "training"])
     main = sys.modules["__main__"]
     if not os.path.isfile(getattr(main, "__file__", None) or ""):
         vars(main).pop("__file__", None)  # "<stdin>", which workers would try to import
     if threading.current_thread() is not threading.main_thread():
         return context  # signals are not its business
-    # Ctrl-C reaches every process of a terminal, and is the parent's to handle. The server and its workers ignore it
-    # from their first instruction, since they inherit what the server was started with.
+    # Ctrl-C reaches every process of a terminal, and is the parent's to handle. The server and its
+    # workers ignore it from their first instruction, as they inherit it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
+    except OSError as error:
+        raise RunError(f"cannot start worker processes, whose socket cannot be made in TMPDIR, "
+                       f"{tempfile.gettempdir()}: {error}; use a shorter one, or --workers 1"
+                       ) from error
     finally:
         signal.signal(signal.SIGINT, handler)
     return context
@@ -176,11 +183,13 @@ class WorkerProcess:
         """slots: how many tasks it has at once; 0: it finds out how many pay, and tells."""
         self.config, self.tasks = config, {}
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(config, data, slots, theirs), daemon=True)
+        arguments = config, data, slots, theirs
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
         try:
             self.process.start()
         except (OSError, EOFError, AssertionError) as error:
-            raise RunError(f"cannot start a worker process: {error or 'the server that forks them is gone'}") from error
+            reason = error or "the server that forks them is gone"
+            raise RunError(f"cannot start a worker process: {reason}; use --workers 1") from error
         theirs.close()  # so that its death closes the pipe
         self.slots = slots
 
@@ -192,8 +201,8 @@ class WorkerProcess:
             pass  # it died while idle: take() finds out
 
     def take(self):
-        """The individual of one of its tasks, or None if the process died; an error that is the user's to mend is
-        raised."""
+        """The individual of one of its tasks, or None if the process died. Raises an error that is
+        the user's to mend."""
         answer = self.answer()
         if answer is not None:
             del self.tasks[answer.id]
@@ -257,8 +266,9 @@ def take_turns(slots, pipe):
 
 
 def keep_freed_memory():
-    """Have glibc keep what a training step frees for the next one. By default it is given back to the system and
-    faulted in again in every step, about 10,000 pages for ResNet-8 on 32x32 images: up to 15% of a step's time."""
+    """Have glibc keep what a training step frees for the next one. By default it is given back to
+    the system and faulted in again in every step, about 10,000 pages for ResNet-8 on 32x32 images:
+    up to 15% of a step's time."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -270,14 +280,18 @@ def exit_with_parent():
     os._exit(1)
 
 
-def refuse_small_shared_memory(data):
-    """Raise RunError if the images do not fit, since writing past its end kills a process."""
-    need = sum(s.images.nbytes + s.labels.nbytes for s in (data.train, data.validation, data.test))
+def share(data):
+    """Move the data into memory that processes share. Raises RunError, as writing past that memory's
+    end would kill this process."""
+    parts = [t for s in (data.train, data.validation, data.test) for t in (s.images, s.labels)]
     try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError as error:
-        raise RunError(f"worker processes need shared memory in /dev/shm, which cannot be used ({error.strerror}): "
-                       "use --workers 1") from error
+        need, free = sum(t.nbytes for t in parts), shutil.disk_usage("/dev/shm").free
+        if need <= free:
+            for t in parts:
+                t.share_memory_()
+    except (OSError, RuntimeError) as error:
+        raise RunError("worker processes need shared memory in /dev/shm, which cannot be used: "
+                       f"{message(error)}; use --workers 1") from error
     if need > free:
-        raise RunError(f"the images need {need >> 20} MiB of shared memory and /dev/shm has {free >> 20} MiB free: "
-                       "use --workers 1, or enlarge it (docker run --shm-size)")
+        raise RunError(f"the images need {need >> 20} MiB of shared memory, and /dev/shm has "
+                       f"{free >> 20} MiB free: use --workers 1, or docker run --shm-size")

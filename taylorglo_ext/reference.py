@@ -1,7 +1,7 @@
-"""The TaylorGLO loss in plain PyTorch, the ground truth of the tests; and the checks of its arguments.
+"""The TaylorGLO loss in plain PyTorch, the ground truth of the tests; and the checks of its input.
 
-In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTION (the softmax of the
-logits); this is the reverse of the usual habit. n is the number of classes.
+In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTION (the softmax of
+the logits); this is the reverse of the usual habit. n is the number of classes.
 """
 
 import torch
@@ -18,12 +18,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def reference_loss(
-    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits=None, alpha=None, ignore_index=None, reduction="mean"
-) -> Tensor:
+    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits=None, alpha=None,
+    ignore_index=None, reduction="mean",
+) -> Tensor:  # fmt: skip
     """Eq. 2 and Eq. 3 for logits (B, C). Arguments as for ``taylorglo_loss``, taken as checked.
 
-    Nothing here looks at a value on the host, so it can be compiled without a graph break and captured
-    in a CUDA graph. A label outside [0, C) makes the loss and that row's gradient NaN.
+    Nothing here looks at a value on the host, so it can be compiled without a graph break and
+    captured in a CUDA graph. A label outside [0, C) makes the loss and that row's gradient NaN.
     """
     dtype, classes = accumulate_dtype(logits.dtype), logits.shape[1]
     kept = None if ignore_index is None else labels != ignore_index
@@ -48,7 +49,7 @@ def reduce(losses: Tensor, kept: Tensor | None, reduction: str) -> Tensor:
 
 
 def eq2(x, y, theta):
-    """Eq. 2 for labels x and predictions y (..., C), tensors or arrays; theta: eight numbers. Returns (...)."""
+    """Eq. 2 for labels x and predictions y (..., C), or arrays; theta: eight numbers."""
     t0, t1, t2, t3, t4, t5, t6, t7 = theta
     a, b = y - t1, x - t0
     f = (
@@ -59,39 +60,48 @@ def eq2(x, y, theta):
 
 
 def check_inputs(logits, labels, theta, teacher_logits, alpha, reduction="mean") -> None:
-    """Raise the TypeError or ValueError that names the argument which ``taylorglo_loss`` does not take."""
+    """Raise the TypeError or ValueError that names what ``taylorglo_loss`` does not take."""
+    tensors = {"logits": logits, "labels": labels, "theta": theta}
     distilled = teacher_logits is not None
-    tensors = {"logits": logits, "labels": labels, "theta": theta} | ({"teacher_logits": teacher_logits} if distilled else {})
-    for name, tensor in tensors.items():
-        _expect(isinstance(tensor, Tensor), TypeError, name, "a tensor", type(tensor).__name__)
-    dtype, shape, is_alpha_tensor = logits.dtype, logits.shape, isinstance(alpha, Tensor)
-    _expect(dtype in LOGITS_DTYPES, TypeError, "logits", "float64, float32, float16 or bfloat16", dtype)
-    _expect(len(shape) > 1 and shape[1] > 0, ValueError, "logits", "shape (B, C, ...) with C >= 1", shape)
-    _expect(labels.dtype == torch.int64, TypeError, "labels", "int64", labels.dtype)
-    _expect(labels.shape == (shape[0], *shape[2:]), ValueError, "labels", "shape (B, ...) to match logits", labels.shape)
-    _expect(theta.dtype in THETA_DTYPES, TypeError, "theta", "float32 or float64", theta.dtype)
-    _expect(theta.shape == (8,), ValueError, "theta", "shape (8,)", theta.shape)
-    _expect((alpha is not None) == distilled, ValueError, "alpha", "one with teacher_logits and none without", alpha)
     if distilled:
-        _expect(teacher_logits.dtype == dtype, TypeError, "teacher_logits", "the dtype of logits", teacher_logits.dtype)
-        _expect(teacher_logits.shape == shape, ValueError, "teacher_logits", "the shape of logits", teacher_logits.shape)
-    if distilled and is_alpha_tensor:
+        tensors["teacher_logits"] = teacher_logits
+    for name, t in tensors.items():
+        _expect(isinstance(t, Tensor), name, "a tensor", type(t).__name__, TypeError)
+    dtypes = "float64, float32, float16 or bfloat16"
+    _expect(logits.dtype in LOGITS_DTYPES, "logits", dtypes, logits.dtype, TypeError)
+    _expect(labels.dtype == torch.int64, "labels", "int64", labels.dtype, TypeError)
+    _expect(theta.dtype in THETA_DTYPES, "theta", "float32 or float64", theta.dtype, TypeError)
+    shape = logits.shape
+    _expect(len(shape) > 1 and shape[1] > 0, "logits", "shape (B, C, ...) with C >= 1", shape)
+    of_labels = (shape[0], *shape[2:])
+    _expect(labels.shape == of_labels, "labels", "shape (B, ...) to match logits", labels.shape)
+    _expect(theta.shape == (8,), "theta", "shape (8,)", theta.shape)
+    _expect((alpha is not None) == distilled, "alpha", "one if and only if teacher_logits", alpha)
+    if distilled:
+        dtype = teacher_logits.dtype
+        _expect(dtype == logits.dtype, "teacher_logits", "the dtype of logits", dtype, TypeError)
+        same = teacher_logits.shape == shape
+        _expect(same, "teacher_logits", "the shape of logits", teacher_logits.shape)
+    if isinstance(alpha, Tensor):
         tensors["alpha"] = alpha
-        _expect(alpha.shape == () and alpha.dtype in THETA_DTYPES, ValueError, "alpha", "a number or a 0-d float tensor", alpha)
+        real = alpha.dtype in THETA_DTYPES and alpha.dim() == 0
+        _expect(real, "alpha", "a number or a 0-d float32 or float64 tensor", alpha)
     elif distilled:
-        _expect(0 <= alpha <= 1, ValueError, "alpha", "a number in [0, 1]", alpha)
-    for name, tensor in tensors.items():
-        _expect(tensor.device == logits.device, ValueError, name, "the device of logits", tensor.device)
-    _expect(reduction in REDUCTIONS, ValueError, "reduction", "'none', 'mean' or 'sum'", reduction)
+        _expect(0 <= alpha <= 1, "alpha", "a number in [0, 1]", alpha)
+    for name, t in tensors.items():
+        _expect(t.device == logits.device, name, "the device of logits", t.device)
+    _expect(reduction in REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", reduction)
 
 
-def _expect(holds: bool, error: type[Exception], name: str, what: str, got) -> None:
+def _expect(holds: bool, name: str, what: str, got, error=ValueError) -> None:
     if not holds:
-        raise error(f"{name}: expected {what}, got {tuple(got) if isinstance(got, torch.Size) else got}")
+        got = tuple(got) if isinstance(got, torch.Size) else got
+        raise error(f"{name}: expected {what}, got {got}")
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
-    """Raise ValueError for a label outside [0, classes). Reads the values, so it is for the CPU only."""
+    """Raise ValueError for a label outside [0, classes). Reads the values, so it is for the CPU
+    only."""
     wrong = (labels < 0) | (labels >= classes)
     if ignore_index is not None:
         wrong &= labels != ignore_index

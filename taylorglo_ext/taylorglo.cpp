@@ -1,7 +1,8 @@
-// The operator's schema, its autograd and fake registrations, and the CPU kernel. The formula itself is in taylorglo.h.
+// The operator's schema, its autograd and fake registrations, and the CPU kernel. The formula
+// itself is in taylorglo.h.
 //
-// The forward computes the loss and, if it will be needed, the gradient in one pass over the logits; the backward only
-// scales that gradient.
+// The forward computes the loss and, if it will be needed, the gradient in one pass over the
+// logits; the backward only scales that gradient.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -34,7 +35,7 @@
 namespace taylorglo {
 namespace {
 
-// ---- Vectors of 64 bytes; the compiler maps them to whatever registers the processor has -----------------------------
+// ---- Vectors of 64 bytes; the compiler maps them to whatever registers the processor has --------
 
 template <typename T>
 struct Vector;
@@ -50,15 +51,18 @@ struct Vector<double> {
 template <typename T>
 constexpr int kLanes = 64 / sizeof(T);
 
-// exp(v) for v <= 0, to about one unit in the last place; 0 where exp(v) is no normal number, NaN for NaN.
+// exp(v) for v <= 0, to about one unit in the last place; 0 where exp(v) is no normal number, NaN
+// for NaN.
 inline Vector<float>::type exp_nonpositive(Vector<float>::type v) {
   using F = Vector<float>::type;
   using I = Vector<float>::bits;
-  const float round = 12582912.f;               // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const F shifted = v * 1.44269504f + round;    // n = round(v / ln 2)
+  const float round =
+      12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const F shifted = v * 1.44269504f + round;  // n = round(v / ln 2)
   const F n = shifted - round;
-  const F r = (v - n * 0.693359375f) + n * 2.12194440e-4f;  // v - n ln 2, in two steps: |r| <= ln(2) / 2
-  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;            // the minimax polynomial of Cephes' expf
+  const F r =
+      (v - n * 0.693359375f) + n * 2.12194440e-4f;  // v - n ln 2, in two steps: |r| <= ln(2) / 2
+  F p = r * 1.9875691500e-4f + 1.3981999507e-3f;    // the minimax polynomial of Cephes' expf
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
@@ -77,9 +81,10 @@ inline Vector<double>::type exp_nonpositive(Vector<double>::type v) {
   return v;
 }
 
-// ---- Tiles: a few rows of logits, laid out so that every step below is a loop over whole vectors ----------------------
+// ---- Tiles: a few rows of logits, laid out so that every step below is a loop over whole vectors 
 
-// Many classes: a tile is one row, and neighbouring lanes hold neighbouring classes. Unused lanes are at the row's end.
+// Many classes: a tile is one row, and neighbouring lanes hold neighbouring classes. Unused lanes
+// are at the row's end.
 template <typename T>
 struct Wide {
   using V = typename Vector<T>::type;
@@ -101,7 +106,8 @@ struct Wide {
   }
 };
 
-// Few classes: a tile is as many rows as a vector has lanes, one row a lane. In the last tile, lanes may be unused.
+// Few classes: a tile is as many rows as a vector has lanes, one row a lane. In the last tile,
+// lanes may be unused.
 template <typename T>
 struct Tall {
   using V = typename Vector<T>::type;
@@ -124,7 +130,8 @@ void load(typename Layout::V* tile, const scalar_t* source, int64_t rows, int64_
   }
   T* lanes = reinterpret_cast<T*>(tile);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < classes; ++c) lanes[Layout::index(r, c)] = static_cast<T>(source[r * classes + c]);
+    for (int64_t c = 0; c < classes; ++c)
+      lanes[Layout::index(r, c)] = static_cast<T>(source[r * classes + c]);
   }
 }
 
@@ -132,7 +139,8 @@ template <typename Layout, typename T, typename scalar_t>
 void store(scalar_t* target, const typename Layout::V* tile, int64_t rows, int64_t classes) {
   const T* lanes = reinterpret_cast<const T*>(tile);
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < classes; ++c) target[r * classes + c] = static_cast<scalar_t>(lanes[Layout::index(r, c)]);
+    for (int64_t c = 0; c < classes; ++c)
+      target[r * classes + c] = static_cast<scalar_t>(lanes[Layout::index(r, c)]);
   }
 }
 
@@ -143,7 +151,7 @@ typename Layout::V largest(const typename Layout::V* tile, int64_t vectors) {
   return Layout::max(max);
 }
 
-// ---- The CPU kernel --------------------------------------------------------------------------------------------------
+// ---- The CPU kernel -----------------------------------------------------------------------------
 
 template <typename scalar_t, typename T, typename gradient_t>
 struct Problem {
@@ -158,16 +166,18 @@ struct Problem {
   T alpha, scale;  // scale: Eq. 2's -1/n, and the mean over the batch if it is asked for
 };
 
-// The sum of f over one tile; writes the tile's gradient and its rows' losses if they are asked for. e and h are memory for
-// the exponentials of the logits and of the teacher's; a NaN or +inf logit makes its whole row NaN.
+// The sum of f over one tile; writes the tile's gradient and its rows' losses if they are asked
+// for. e and h are memory for the exponentials of the logits and of the teacher's; a NaN or +inf
+// logit makes its whole row NaN.
 template <typename Layout, bool kTeacher, typename P, typename T>
-double tile_sum(const P& p, const Polynomial<T>& polynomial, typename Layout::V* e, typename Layout::V* h, int64_t first,
-                int64_t rows) {
+double tile_sum(const P& p, const Polynomial<T>& polynomial, typename Layout::V* e,
+                typename Layout::V* h, int64_t first, int64_t rows) {
   using V = typename Layout::V;
   const int64_t vectors = Layout::vectors(p.classes);
   load<Layout, T>(e, p.logits + first * p.classes, rows, p.classes);
   if (kTeacher) load<Layout, T>(h, p.teacher_logits + first * p.classes, rows, p.classes);
-  const V max = largest<Layout>(e, vectors), teacher_max = kTeacher ? largest<Layout>(h, vectors) : V{};
+  const V max = largest<Layout>(e, vectors),
+          teacher_max = kTeacher ? largest<Layout>(h, vectors) : V{};
   Moments<V, kTeacher> moments;
   for (int64_t i = 0; i < vectors; ++i) {
     e[i] = exp_nonpositive(e[i] - max);
@@ -184,8 +194,8 @@ double tile_sum(const P& p, const Polynomial<T>& polynomial, typename Layout::V*
     const int64_t label = p.labels[first + r];
     labels[r] = -1;
     if (p.ignore_index && label == *p.ignore_index) continue;
-    TORCH_CHECK_VALUE(label >= 0 && label < p.classes, "labels: expected in [0, ", p.classes, "), got ", label,
-                      " in row ", first + r);
+    TORCH_CHECK_VALUE(label >= 0 && label < p.classes, "labels: expected in [0, ", p.classes,
+                      "), got ", label, " in row ", first + r);
     labels[r] = label;
     Layout::set(e_label, r, lanes[Layout::index(r, label)]);
     if (kTeacher) Layout::set(h_label, r, teacher_lanes[Layout::index(r, label)]);
@@ -194,8 +204,8 @@ double tile_sum(const P& p, const Polynomial<T>& polynomial, typename Layout::V*
   const V y_factor = T(1) / moments.sum[moments.kE];
   V x_factor = {};
   if constexpr (kTeacher) x_factor = p.alpha / moments.sum[moments.kH];
-  const Row<T, V, kTeacher> row(polynomial, moments, static_cast<T>(p.classes), p.alpha, y_factor, x_factor, e_label,
-                                h_label);
+  const Row<T, V, kTeacher> row(polynomial, moments, static_cast<T>(p.classes), p.alpha, y_factor,
+                                x_factor, e_label, h_label);
   if (p.gradient) {
     const Slope<T, V, kTeacher> slope(polynomial, row.dot, scale, y_factor, x_factor);
     for (int64_t i = 0; i < vectors; ++i) e[i] = slope(e[i], kTeacher ? h[i] : V{});
@@ -214,8 +224,8 @@ double tile_sum(const P& p, const Polynomial<T>& polynomial, typename Layout::V*
   return total;
 }
 
-// The sum of f over all rows. Rows are summed in chunks of fixed size and the chunks in order, so that the result does
-// not depend on the number of threads.
+// The sum of f over all rows. Rows are summed in chunks of fixed size and the chunks in order, so
+// that the result does not depend on the number of threads.
 template <typename Layout, bool kTeacher, typename P>
 double batch_sum(const P& p) {
   using V = typename Layout::V;
@@ -224,7 +234,9 @@ double batch_sum(const P& p) {
   const int64_t grain = std::max<int64_t>(1, kGrainElements / (kChunkRows * p.classes));
   std::vector<double> partial(chunks);
   at::parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    struct alignas(V) Storage { char bytes[sizeof(V)]; };
+    struct alignas(V) Storage {
+      char bytes[sizeof(V)];
+    };
     const int64_t vectors = Layout::vectors(p.classes);
     std::unique_ptr<Storage[]> scratch(new Storage[2 * vectors]);
     V* e = reinterpret_cast<V*>(scratch.get());
@@ -247,7 +259,8 @@ double batch_sum(const P& p) {
 }
 
 double read_number(const Tensor& tensor) {
-  return tensor.scalar_type() == at::kDouble ? *tensor.const_data_ptr<double>() : *tensor.const_data_ptr<float>();
+  return tensor.scalar_type() == at::kDouble ? *tensor.const_data_ptr<double>()
+                                             : *tensor.const_data_ptr<float>();
 }
 
 template <typename T>
@@ -259,7 +272,8 @@ Polynomial<T> read_theta(const Tensor& theta) {
 
 Tensor empty_loss(const Tensor& logits, int64_t reduction) {
   const auto options = logits.options().dtype(accumulate_type(logits));
-  return reduction == kNone ? at::empty_symint({logits.sym_size(0)}, options) : at::empty({}, options);
+  return reduction == kNone ? at::empty_symint({logits.sym_size(0)}, options)
+                            : at::empty({}, options);
 }
 
 // Returns the loss; fills `gradient` if it is defined.
@@ -283,16 +297,22 @@ Tensor loss_on_cpu(TAYLORGLO_PARAMETERS, const Tensor& gradient) {
         first_label,
         gradient.defined() ? gradient.mutable_data_ptr<gradient_t>() : nullptr,
         reduction == kNone ? loss.mutable_data_ptr<T>() : nullptr,
-        rows, classes, ignore_index, read_theta<T>(theta), static_cast<T>(teacher.defined() ? a : 0),
+        rows,
+        classes,
+        ignore_index,
+        read_theta<T>(theta),
+        static_cast<T>(teacher.defined() ? a : 0),
         static_cast<T>(scale)};
     constexpr int64_t kMostTallClasses = 64;
-    const double sum = classes <= kMostTallClasses ? batch_sum<Tall, T>(problem) : batch_sum<Wide, T>(problem);
+    const double sum =
+        classes <= kMostTallClasses ? batch_sum<Tall, T>(problem) : batch_sum<Wide, T>(problem);
     if (reduction != kNone) *loss.mutable_data_ptr<T>() = static_cast<T>(sum * scale);
   });
   return loss;
 }
 
-// A fresh gradient of many megabytes costs more in page faults than in arithmetic, so ask for large pages.
+// A fresh gradient of many megabytes costs more in page faults than in arithmetic, so ask for large
+// pages.
 Tensor empty_gradient(const Tensor& logits) {
   Tensor gradient = at::empty(logits.sizes(), logits.options().dtype(gradient_type(logits)));
 #if defined(MADV_HUGEPAGE)
@@ -300,7 +320,8 @@ Tensor empty_gradient(const Tensor& logits) {
   if (gradient.nbytes() >= kLeastBytes) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
     const uintptr_t first_page = (begin + kLargePage - 1) / kLargePage * kLargePage;
-    madvise(reinterpret_cast<void*>(first_page), begin + gradient.nbytes() - first_page, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(first_page), begin + gradient.nbytes() - first_page,
+            MADV_HUGEPAGE);
   }
 #endif
   return gradient;
@@ -317,7 +338,7 @@ void scale_gradient_cpu(const Tensor& gradient, const Tensor& upstream) {
   if (read_number(upstream) != 1) gradient.mul_(upstream);
 }
 
-// ---- Shapes and dtypes alone, for tracing ----------------------------------------------------------------------------
+// ---- Shapes and dtypes alone, for tracing -------------------------------------------------------
 
 Tensor loss_meta(TAYLORGLO_PARAMETERS) {
   check_fit(TAYLORGLO_ARGUMENTS);
@@ -329,27 +350,32 @@ std::tuple<Tensor, Tensor> loss_and_gradient_meta(TAYLORGLO_PARAMETERS) {
           at::empty_symint(logits.sym_sizes(), logits.options().dtype(gradient_type(logits)))};
 }
 
-// ---- Autograd --------------------------------------------------------------------------------------------------------
+// ---- Autograd -----------------------------------------------------------------------------------
 
 template <typename Signature>
 const c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// The saved gradient times the gradient of the loss, which has a number for the batch or one for each row, in `dtype`.
-// Without retain_graph nobody will read the saved one again, so it is scaled in place, which is no work at all in the usual
-// case of a factor 1. What is traced or batched (vmap) takes PyTorch's own operators.
+// The saved gradient times the gradient of the loss, which has a number for the batch or one for
+// each row, in `dtype`. Without retain_graph nobody will read the saved one again, so it is scaled
+// in place, which is no work at all in the usual case of a factor 1. What is traced or batched
+// (vmap) takes PyTorch's own operators.
 Tensor scale_gradient(const Tensor& gradient, const Tensor& upstream, at::ScalarType dtype) {
-  static const auto scale_in_place = find_operator<decltype(scale_gradient_cpu)>("taylorglo::scale_gradient_");
-  const bool in_place = upstream.dim() == 0 && gradient.scalar_type() == dtype && !at::isTensorSubclassLike(upstream) &&
-                        !at::isTensorSubclassLike(gradient) && !torch::autograd::get_current_graph_task_keep_graph();
-  if (!in_place) return at::mul(gradient, upstream.dim() == 0 ? upstream : upstream.unsqueeze(1)).to(dtype);
+  static const auto scale_in_place =
+      find_operator<decltype(scale_gradient_cpu)>("taylorglo::scale_gradient_");
+  const bool in_place = upstream.dim() == 0 && gradient.scalar_type() == dtype &&
+                        !at::isTensorSubclassLike(upstream) &&
+                        !at::isTensorSubclassLike(gradient) &&
+                        !torch::autograd::get_current_graph_task_keep_graph();
+  if (!in_place)
+    return at::mul(gradient, upstream.dim() == 0 ? upstream : upstream.unsqueeze(1)).to(dtype);
   scale_in_place.call(gradient, upstream);
   return gradient;
 }
 
-// A plain Node, as PyTorch's own operators have: torch::autograd::Function costs about 5 us more, a sixth of the whole step
-// for 128 rows of 10 classes.
+// A plain Node, as PyTorch's own operators have: torch::autograd::Function costs about 5 us more, a
+// sixth of the whole step for 128 rows of 10 classes.
 struct TaylorGLOLossBackward : torch::autograd::Node {
   torch::autograd::SavedVariable gradient;
   at::ScalarType dtype = at::kFloat;  // of the logits
@@ -357,7 +383,8 @@ struct TaylorGLOLossBackward : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& upstream) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!at::GradMode::is_enabled(),
-                "taylorglo_loss is differentiable only once, so create_graph=True and torch.func.grad are not supported; "
+                "taylorglo_loss is differentiable only once, so create_graph=True and "
+                "torch.func.grad are not supported; "
                 "after taylorglo_ext.load('reference') they are");
     if (!upstream[0].defined()) return {Tensor()};
     return {scale_gradient(gradient.unpack(), upstream[0], dtype)};
@@ -371,14 +398,17 @@ struct TaylorGLOLossBackward : torch::autograd::Node {
 
 Tensor loss_autograd(TAYLORGLO_PARAMETERS) {
   TORCH_CHECK_NOT_IMPLEMENTED(!logits._fw_grad(/*level=*/0).defined(),
-                              "taylorglo_loss has no forward-mode derivative; after taylorglo_ext.load('reference') it has");
+                              "taylorglo_loss has no forward-mode derivative; after "
+                              "taylorglo_ext.load('reference') it has");
   static const auto forward = find_operator<decltype(loss_cpu)>("taylorglo::loss");
-  static const auto forward_with_gradient = find_operator<decltype(loss_and_gradient_cpu)>("taylorglo::loss_and_gradient");
+  static const auto forward_with_gradient =
+      find_operator<decltype(loss_and_gradient_cpu)>("taylorglo::loss_and_gradient");
   if (!at::GradMode::is_enabled() || !logits.requires_grad()) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return forward.call(TAYLORGLO_ARGUMENTS);
   }
-  std::shared_ptr<TaylorGLOLossBackward> node(new TaylorGLOLossBackward(), torch::autograd::deleteNode);
+  std::shared_ptr<TaylorGLOLossBackward> node(new TaylorGLOLossBackward(),
+                                              torch::autograd::deleteNode);
   node->set_next_edges(torch::autograd::collect_next_edges(logits));
   node->dtype = logits.scalar_type();
   Tensor loss, gradient;
@@ -391,14 +421,15 @@ Tensor loss_autograd(TAYLORGLO_PARAMETERS) {
   return loss;
 }
 
-#define TAYLORGLO_SCHEMA                                                                                      \
-  "(Tensor logits, Tensor labels, Tensor theta, Tensor? teacher_logits=None, Tensor? alpha=None, "            \
+#define TAYLORGLO_SCHEMA                                                                           \
+  "(Tensor logits, Tensor labels, Tensor theta, Tensor? teacher_logits=None, Tensor? alpha=None, " \
   "float? alpha_number=None, int? ignore_index=None, int reduction=1)"
 
 TORCH_LIBRARY(taylorglo, m) {
   m.def("loss" TAYLORGLO_SCHEMA " -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("loss_and_gradient" TAYLORGLO_SCHEMA " -> (Tensor, Tensor)", {at::Tag::pt2_compliant_tag});
-  m.def("scale_gradient_(Tensor(a!) gradient, Tensor upstream) -> ()", {at::Tag::pt2_compliant_tag});
+  m.def("scale_gradient_(Tensor(a!) gradient, Tensor upstream) -> ()",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(taylorglo, CPU, m) {

@@ -23,8 +23,9 @@ namespace {
 
 constexpr int kWarp = 32, kThreads = 128;  // a block has kThreads where its rows belong to warps
 template <typename T>
-constexpr int kMostThreads = sizeof(T) == 8 ? 256 : 1024;  // at most 64 registers for each, of float
-constexpr int kMostColumns = 512;                          // 48 KB hold their columns
+constexpr int kMostThreads =
+    sizeof(T) == 8 ? 256 : 1024;   // at most 64 registers for each, of float
+constexpr int kMostColumns = 512;  // 48 KB hold their columns
 
 enum class Scope { kWarpRows, kBlockRow, kLongRow };
 
@@ -78,12 +79,14 @@ struct alignas(std::min<int>(sizeof(scalar_t) * kVector, 16)) Packed {
 };
 
 template <typename scalar_t, int kVector, typename T>
-__device__ __forceinline__ void round_vector(const T (&numbers)[kVector], Packed<scalar_t, kVector>& packed) {
+__device__ __forceinline__ void round_vector(const T (&numbers)[kVector],
+                                             Packed<scalar_t, kVector>& packed) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<scalar_t, c10::BFloat16> && kVector > 1) {  // two in one instruction
     auto* pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
 #pragma unroll
-    for (int k = 0; k < kVector; k += 2) pairs[k / 2] = __floats2bfloat162_rn(numbers[k], numbers[k + 1]);
+    for (int k = 0; k < kVector; k += 2)
+      pairs[k / 2] = __floats2bfloat162_rn(numbers[k], numbers[k + 1]);
   } else
 #endif
   {
@@ -209,7 +212,8 @@ __device__ __forceinline__ void join_block(Share<T, kTeacher>& share) {
   share.max = numbers[0][lane % warps];
   share.teacher_max = numbers[1][lane % warps];
 #pragma unroll
-  for (int i = 0; i < share.moments.kCount; ++i) share.moments.sum[i] = numbers[i + 2][lane % warps];
+  for (int i = 0; i < share.moments.kCount; ++i)
+    share.moments.sum[i] = numbers[i + 2][lane % warps];
   share.join(warps);
 }
 
@@ -238,8 +242,9 @@ struct Parameters {
   double loss_scale;  // Eq. 2's -1/n, and the mean over the batch if it is asked for, as scale
 };
 
-// Where a thread's numbers of one row are. Read anew for each step of the work, and from memory, since
-// the compiler would otherwise keep every comparison with the row's end from the load to the store.
+// Where a thread's numbers of one row are. Read anew for each step of the work, and from memory,
+// since the compiler would otherwise keep every comparison with the row's end from the load to the
+// store.
 template <int kVector, int kNumbers, int kLanes, Scope kScope>
 struct Place {
   static constexpr int kSteps = kNumbers / kVector;
@@ -273,7 +278,8 @@ struct Place {
 
 // The thread's turn with a row: writes its part of the gradient. Returns the row's sum of f in the
 // first thread of the row, 0 in the others.
-template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope, typename scalar_t, typename T>
+template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope, typename scalar_t,
+          typename T>
 __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, const Parameters<T>& parameters,
                                     int row) {
   using Here = Place<kVector, kNumbers, kLanes, kScope>;
@@ -287,7 +293,8 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, const Parameters
   do {
     from.read(p.logits, e);
     if constexpr (kTeacher) from.read(p.teacher_logits, h);
-    const T max = largest(share.max, e), teacher_max = kTeacher ? largest(share.teacher_max, h) : T(0);
+    const T max = largest(share.max, e),
+            teacher_max = kTeacher ? largest(share.teacher_max, h) : T(0);
     if constexpr (kScope == Scope::kLongRow) {
       share.raise(max, teacher_max);
     } else {
@@ -324,17 +331,20 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, const Parameters
     h_label = ratio(static_cast<T>(p.teacher_logits[to.start + label]), share.teacher_max);
   }
   Row<T, T, kTeacher> result(polynomial, share.moments, static_cast<T>(to.classes),
-                             kTeacher ? parameters.alpha : T(0), y_factor, x_factor, e_label, h_label);
+                             kTeacher ? parameters.alpha : T(0), y_factor, x_factor, e_label,
+                             h_label);
   if (!inside && !ignored) result.f = result.dot = NAN;  // and with it the loss
   const T f = to.mine == 0 && !ignored ? result.f : T(0);
   if (!p.gradient) return f;
 
   using Output = Gradient<scalar_t>;
   const T scale = ignored ? T(0) : parameters.scale;
-  const Slope<T, T, kTeacher> label_slope(polynomial, result.dot - result.label_df, scale, y_factor, x_factor);
+  const Slope<T, T, kTeacher> label_slope(polynomial, result.dot - result.label_df, scale, y_factor,
+                                          x_factor);
   const Output label_gradient = static_cast<Output>(label_slope(e_label, h_label));
-  const Slope<T, T, kTeacher> slope(polynomial, result.dot, scale, y_factor * ratio(max, share.max),
-                                    kTeacher ? x_factor * ratio(teacher_max, share.teacher_max) : T(0));
+  const Slope<T, T, kTeacher> slope(
+      polynomial, result.dot, scale, y_factor * ratio(max, share.max),
+      kTeacher ? x_factor * ratio(teacher_max, share.teacher_max) : T(0));
   if constexpr (kTeacher && kScope != Scope::kLongRow) column.read(h);
   do {
     if constexpr (kScope == Scope::kLongRow) {
@@ -401,7 +411,8 @@ __global__ void __launch_bounds__(kScope == Scope::kWarpRows ? kThreads
   __shared__ Parameters<T> parameters;
   if (threadIdx.x == 0) {
     const double scale = p.mean && p.kept ? p.scale / static_cast<double>(*p.kept) : p.scale;
-    parameters = {read_theta<T>(p.theta), kTeacher ? read_alpha(p) : T(0), T(scale), static_cast<int>(p.classes), scale};
+    parameters = {read_theta<T>(p.theta), kTeacher ? read_alpha(p) : T(0), T(scale),
+                  static_cast<int>(p.classes), scale};
   }
   __syncthreads();
   const int row_threads = kScope == Scope::kWarpRows ? kLanes : blockDim.x;
@@ -412,24 +423,27 @@ __global__ void __launch_bounds__(kScope == Scope::kWarpRows ? kThreads
   for (int first = blockIdx.x * block_rows; first < rows; first += gridDim.x * block_rows) {
     const int row = first + threadIdx.x / row_threads;
     const T f = do_row<kVector, kNumbers, kLanes, kTeacher, kScope>(p, parameters, row);
-    if (p.row_losses && threadIdx.x % row_threads == 0 && row < rows) p.loss[row] = f * parameters.scale;
+    if (p.row_losses && threadIdx.x % row_threads == 0 && row < rows)
+      p.loss[row] = f * parameters.scale;
     sum += f;
   }
   if (!p.row_losses) finish(p, sum, parameters.loss_scale);
 }
 
 // *kept = how many labels are not ignore_index; one block.
-__global__ void __launch_bounds__(1024) count_kernel(const int64_t* labels, int64_t rows,
-                                                     int64_t ignore_index, int64_t* kept) {
+__global__ void __launch_bounds__(1024)
+    count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, int64_t* kept) {
   double count = 0;
-  for (int64_t row = threadIdx.x; row < rows; row += blockDim.x) count += labels[row] != ignore_index;
+  for (int64_t row = threadIdx.x; row < rows; row += blockDim.x)
+    count += labels[row] != ignore_index;
   count = sum_over_block(count);
   if (threadIdx.x == 0) *kept = static_cast<int64_t>(count);
 }
 
 // ---- How a batch is laid over the threads -------------------------------------------------------
 
-template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope = Scope::kWarpRows, typename scalar_t>
+template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope = Scope::kWarpRows,
+          typename scalar_t>
 void start(const Problem<scalar_t>& p, int threads, int processors, cudaStream_t stream) {
   const int64_t block_rows = kScope == Scope::kWarpRows ? threads / kLanes : 1;
   const int64_t resident = int64_t(processors) * 1024 / threads;
@@ -445,7 +459,10 @@ template <int kVector, bool kTeacher, typename scalar_t>
 void choose(const Problem<scalar_t>& p, int processors, cudaStream_t stream) {
   using T = Accumulate<scalar_t>;
   constexpr bool kDouble = sizeof(T) == 8;
-  constexpr int kFew = kVector == 8 ? 8 : 4, kSome = kDouble ? 8 : 16, kMany = kDouble ? 8 : kTeacher ? 16 : 32;
+  constexpr int kFew = kVector == 8 ? 8 : 4, kSome = kDouble ? 8 : 16,
+                kMany = kDouble    ? 8
+                        : kTeacher ? 16
+                                   : 32;
   // Few numbers a lane have the least delay, many the least work beside them.
   const bool is_small = p.rows * kWarp <= int64_t(processors) * 1024;
   int threads = 2 * kWarp;
@@ -473,7 +490,8 @@ bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 1
 // ---- The backward -------------------------------------------------------------------------------
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* gradient, int64_t size, Real upstream) {
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(scalar_t* gradient, int64_t size, Real upstream) {
   using T = Accumulate<scalar_t>;
   const T factor = read_number<T>(upstream);
   if (factor == 1) return;  // the usual case: loss.backward() with nothing after the loss
@@ -484,7 +502,8 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* gradient, int
   for (int64_t i = thread; i < size / kVector; i += threads) {
     auto packed = vectors[i];
 #pragma unroll
-    for (scalar_t& value : packed.value) value = static_cast<scalar_t>(factor * static_cast<T>(value));
+    for (scalar_t& value : packed.value)
+      value = static_cast<scalar_t>(factor * static_cast<T>(value));
     vectors[i] = packed;
   }
   for (int64_t i = size / kVector * kVector + thread; i < size; i += threads) {
@@ -497,14 +516,16 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* gradient, int
 template <typename scalar_t>
 void launch_loss(const Problem<scalar_t>& p, int processors, cudaStream_t stream) {
   constexpr int kVector = sizeof(scalar_t) == 8 ? 1 : 16 / sizeof(scalar_t);
-  const bool vectors = p.classes % kVector == 0 && is_aligned(p.logits) && is_aligned(p.teacher_logits);
+  const bool vectors =
+      p.classes % kVector == 0 && is_aligned(p.logits) && is_aligned(p.teacher_logits);
   if (p.kept && p.mean) {
     count_kernel<<<1, 1024, 0, stream>>>(p.labels, p.rows, p.ignore_index, p.kept);
   }
   if (p.teacher_logits) {
     vectors ? choose<kVector, true>(p, processors, stream) : choose<1, true>(p, processors, stream);
   } else {
-    vectors ? choose<kVector, false>(p, processors, stream) : choose<1, false>(p, processors, stream);
+    vectors ? choose<kVector, false>(p, processors, stream)
+            : choose<1, false>(p, processors, stream);
   }
 }
 

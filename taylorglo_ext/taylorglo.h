@@ -39,7 +39,8 @@ struct Polynomial {
   TAYLORGLO_HOST_DEVICE explicit Polynomial(const Source* t) {
     const S t0 = S(t[0]), t1 = S(t[1]), t4 = S(t[4]), t5 = S(t[5]), t6 = S(t[6]), t7 = S(t[7]);
     const S p2 = t7 * S(0.5), c2 = t4 * S(0.5);
-    // p = t2 + t5 b + t7 b^2 / 2 and q = t3 + t6 b, in powers of x; f = p a + q a^2 / 2 + t4 a^3 / 6.
+    // p = t2 + t5 b + t7 b^2 / 2 and q = t3 + t6 b, in powers of x; f = p a + q a^2 / 2 + t4 a^3
+    // / 6.
     const S p0 = S(t[2]) - t0 * (t5 - t0 * p2), p1 = t5 - t0 * t7;
     const S q0 = S(t[3]) - t0 * t6;
     f0 = t1 * (t1 * (q0 * S(0.5) - t1 * t4 * S(1.0 / 6)) - p0);
@@ -99,8 +100,8 @@ struct Row {
   V label_df;          // what being the label adds to its G
 
   // e_label and h_label belong to the label's class; 1 / sum e and alpha / sum h normalise.
-  TAYLORGLO_HOST_DEVICE Row(const Polynomial<S>& p, Moments<V, kTeacher> m, S n, S alpha, V y_factor,
-                            V x_factor, V e_label, V h_label) {
+  TAYLORGLO_HOST_DEVICE Row(const Polynomial<S>& p, Moments<V, kTeacher> m, S n, S alpha,
+                            V y_factor, V x_factor, V e_label, V h_label) {
     using M = Moments<V, kTeacher>;
     m.scale(y_factor, x_factor);
     const V square = p.b0 * m.sum[M::kEE], cube = p.c * m.sum[M::kEEE];

@@ -18,25 +18,30 @@
 namespace taylorglo {
 namespace {
 
-Real real(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type() == at::kDouble}; }
+Real real(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.scalar_type() == at::kDouble};
+}
 
 int count_processors(int device) {
   static std::mutex mutex;
   static std::map<int, int> known;
   const std::lock_guard<std::mutex> lock(mutex);
   int& count = known[device];
-  if (count == 0) C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  if (count == 0)
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
 }
 
-// Which of the device's counters a launch uses: they wrap back to 0 by themselves, so no launch has to clear one, but two
-// that may run at the same time must not share one. The launches on a stream take turns with the stream's; a launch that is
-// captured takes one for good, since its graph may run beside anything. kCounters when none is left.
+// Which of the device's counters a launch uses: they wrap back to 0 by themselves, so no launch has
+// to clear one, but two that may run at the same time must not share one. The launches on a stream
+// take turns with the stream's; a launch that is captured takes one for good, since its graph may
+// run beside anything. kCounters when none is left.
 unsigned take_counter(c10::cuda::CUDAStream stream) {
   static std::mutex mutex;
   static std::map<cudaStream_t, unsigned> of_stream;
   static unsigned taken = 0;
-  const bool captured = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  const bool captured =
+      c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
   const std::lock_guard<std::mutex> lock(mutex);
   if (captured) return taken < kCounters ? taken++ : kCounters;
   const auto found = of_stream.find(stream);

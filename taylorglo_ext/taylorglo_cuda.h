@@ -37,7 +37,7 @@ struct Problem {
   int64_t rows, classes;
   Real theta, alpha;  // alpha.data may be nullptr: then alpha_number
   double alpha_number;
-  int64_t* kept;         // for one number, how many labels are not ignore_index; nullptr: all count
+  int64_t* kept;  // for one number, how many labels are not ignore_index; nullptr: all count
   int64_t ignore_index;
   bool row_losses, mean;  // one loss a row; or their sum, or their mean
   double scale;           // Eq. 2's -1/n, and 1 / rows for the mean without `kept`
