@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import sys
-import time
 from contextlib import closing, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +49,7 @@ from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest, read_config
 from replay import checked_schedule, replay, replay_config
 from settings import settings
+from stopwatch import Stopwatch
 from training import HYPERPARAMETERS
 from trial import tried
 from watch import watched
@@ -112,7 +112,7 @@ METHODS = {"epbt": epbt, "pbt": pbt, "baseline": independent, "random": independ
 
 
 def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None,
-           report=print, fitness=None):
+           report=print, fitness=None, clock=None):
     """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, for example.
 
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so
@@ -121,9 +121,10 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     space: the evolved variables, as (*config.search_space(), Variable("weight_decay", 0, 1e-3)).
     report: called with each line for people. fitness: called as fitness(logits, labels) on tensors
     (N, classes) and (N,) of the validation images, higher is better; None is config.fitness.
+    clock: a Stopwatch of what came before.
     Raises ConfigError, DataError, RunError and taylorglo_ext.BackendError, whose messages are
     clear lines."""
-    begin = time.perf_counter()
+    clock = clock or Stopwatch()
     if make_model is not None:
         name = import_name(make_model, "make_model(num_classes=..., in_channels=...)")
         config = replace(config, model=name)
@@ -135,22 +136,27 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     elif augmentation is not None:
         raise ConfigError("augmentation is for data that are given; else it is in the config")
     config = settled(config)
+    clock.lap("import")
     if config.workers != 1 and config.backend == "processes":
         start_server()  # it has imported PyTorch by the time the data is read
     with settings(replace(config, device="cpu")):
-        return run(config, train, test, space, report, begin)
+        return run(config, train, test, space, report, clock)
 
 
-def run(config, train, test, space, report, begin):
-    """Carry out a run whose config is settled. begin: when it was called."""
+def run(config, train, test, space, report, clock):
+    """Carry out a run whose config is settled."""
+    clock.lap("loss")
     data = read_data(config, train, test)
     for line in (cost(config), *data.describe()):
         report(line)
     tried_metric(config.fitness, data)
     space = config.search_space(data.augmentation.cutout) if space is None else space
     space = checked_space(space, HYPERPARAMETERS)
+    clock.lap("data")
     backend = taylorglo_ext.load(config.loss_backend, config.device)
+    clock.lap("loss")
     config = tried(replace(config, loss_backend=backend), data, report)
+    clock.lap("trial")
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
                                     "space": [list(vars(v).values()) for v in space]}
     if config.replay:
@@ -163,7 +169,8 @@ def run(config, train, test, space, report, begin):
             with (tqdm(initial=done, total=total, unit=" networks", disable=None) as bar,
                   closing(make_pool(config, data)) as pool):
                 folder.begin()  # now that the workers stand, --overwrite may clear the old run
-                report(f"ready in {time.perf_counter() - begin:.1f} s")
+                clock.lap("workers")
+                report(f"ready in {clock}")
                 workers = Workers(pool, folder, bar)
                 generations = METHODS[config.method](config, space, data, workers, folder)
                 if config.tensorboard:
@@ -283,14 +290,14 @@ def parsed(start, arguments):
 
 def main(arguments=None):
     """The command line. Exit code 2 and one line a mistake for what the user can mend."""
-    config = None
+    config, clock = None, Stopwatch(process_age() if arguments is None else 0.0)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a letter
     try:
         config = settled(command_line(sys.argv[1:] if arguments is None else arguments))
         if config.plan:
             return print(cost(config))
-        outcome = evolve(config)
+        outcome = evolve(config, clock=clock)
     except (ConfigError, DataError, RunError, taylorglo_ext.BackendError) as error:
         print("\n".join(f"epbt.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)

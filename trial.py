@@ -99,7 +99,8 @@ def refuse_hidden_state(trainer, image_set):
     """Raise Refusal if a new model with the trained one's state_dict does not give the same logits."""
     # Laid out in memory alike, since other layouts round otherwise.
     model, delivered = trainer.network.model, trainer.new_network(SEED_OF_ANOTHER).model
-    changed = [name for name, value in plain_attributes(model).items() if plain_attributes(delivered).get(name) != value]
+    theirs = plain_attributes(delivered)
+    changed = [name for name, value in plain_attributes(model).items() if theirs.get(name) != value]
     delivered.load_state_dict(model.state_dict())
     logits = []
     for network in (model, delivered):

@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import options
 import ray
 import torch
 import torch.nn.functional as F
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
-import options
 from baselines import PBT_SPACE, RESET_PROBABILITY, TRUNCATION
 from benchmarks.throughput import plain_accuracy, plain_epoch
 from data import load_data

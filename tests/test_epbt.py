@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from options import ConfigError
 from PIL import Image
 
 from config import PROTOCOLS
@@ -19,7 +20,6 @@ from data import Augmentation, DataError, load_data, normalize
 from epbt import Config, checked_space, evolve, formula, main
 from evolution import MOMENTUM, SEARCH_SPACE, Variable, best_first, novelty_elites, pulse
 from models import make_model
-from options import ConfigError
 from records import RunError, read_log
 from taylorglo_ext.reference import reference_loss
 from tests.test_published import write_cifar10, write_svhn
