@@ -71,10 +71,16 @@ def named_tensors(model):
 
 
 def plain_attributes(model):
-    """{"layer.name": value} of what the model's modules keep outside their parameters and buffers, comparable."""
+    """{"layer.name": value} of what the model's modules keep outside their parameters and buffers,
+    comparable."""
+    def comparable(value):
+        if isinstance(value, torch.Tensor):
+            return id(value), value._version
+        return repr((value, getattr(value, "__dict__", None)))
+
     usual = vars(torch.nn.Module())
-    return {f"{path}.{key}".lstrip("."): (id(value), value._version) if isinstance(value, torch.Tensor) else repr(value)
-            for path, module in model.named_modules() for key, value in vars(module).items() if key not in usual}
+    return {f"{path}.{key}".lstrip("."): comparable(value) for path, module in model.named_modules()
+            for key, value in vars(module).items() if key not in usual}
 
 
 @torch.no_grad()
