@@ -243,7 +243,8 @@ def delivered(config, folder, data, best):
     model.load_state_dict({name: trained.get(name, t) for name, t in model.state_dict().items()})
     torch.save(model.state_dict(), buffer)
     write_atomic(folder.path / "best.pt", buffer.getbuffer())
-    return model.eval()
+    model.eval()
+    return model
 
 
 def progress_line(config, g, population, evaluated):

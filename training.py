@@ -251,7 +251,10 @@ class Trainer:
             self.approach(1 / (self.steps * self.config.epochs * self.config.average_weights))
 
     def laid_out(self, images):
-        return images if self.config.layout == "channels-last" else images.contiguous()
+        if self.config.layout == "channels-last":
+            return images
+        # a copy, since contiguous() leaves grey images with the strides of channels last
+        return images.clone(memory_format=torch.contiguous_format)
 
     def logits(self, model, images):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
@@ -333,7 +336,8 @@ def accuracy(config, data, model):
     """The share of the test images that a model classifies correctly."""
     with settings(config):
         trainer = Trainer(config, data.to(config.device))
-        trainer.scored = Network(model.eval(), trainer.device, config.layout)
+        model.eval()
+        trainer.scored = Network(model, trainer.device, config.layout)
         right = trainer.test.accuracy()
         model.cpu()
         return right
