@@ -1,7 +1,8 @@
-"""Batches augmented and normalised on the device (Sec. 4.1): pure functions of explicit draws, without
-a word from the device to the host."""
+"""Batches augmented and normalised on the device (Sec. 4.1): pure functions of explicit draws, in
+which the host never waits for the device."""
 
-from dataclasses import astuple, dataclass
+import re
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,44 +12,32 @@ from errors import DataError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens at random to a training image (Sec. 4.1)."""
+    """What happens at random to a training image (Sec. 4.1). Its text is that of --augmentation."""
 
     flip: bool = False  # left to right, with probability 1/2
     shift: int = 0  # by up to so many pixels in each direction; zeros are shifted in
     cutout: int = 0  # side in pixels of the square that is cut out [6]; 0 cuts nothing
 
-    def __post_init__(self):
-        if type(self.flip) is not bool or any(type(n) is not int or n < 0 for n in astuple(self)[1:]):
-            raise DataError("flip must be True or False, shift and cutout whole numbers of pixels from 0 "
-                            f"on, not {self!r}")
-
-    def spec(self):
-        """The text from which `parse_augmentation` makes it."""
-        sizes = (("shift", self.shift), ("cutout", self.cutout))
-        return " ".join(["flip"] * self.flip + [f"{name}={n}" for name, n in sizes if n]) or "none"
-
     def __str__(self):
-        words = ["flipped left to right" if self.flip else "not flipped"]
-        words += [f"shifted by up to {self.shift} pixels"] * (self.shift > 0)
-        words += [f"a square of {self.cutout} pixels cut out"] * (self.cutout > 0)
-        return ", ".join(words)
+        words = [name if n is True else f"{name}={n}" for name, n in vars(self).items() if n]
+        return " ".join(words) or "none"
+
+    spec = __str__
 
 
 def parse_augmentation(text, size):
-    """The Augmentation that a text such as "flip shift=4 cutout=16" names, or "none". Without a number
-    a shift is an eighth of the images' size in pixels, and a cutout half of it."""
-    found = {}
-    for word in text.lower().replace(",", " ").split():
-        name, _, pixels = word.partition("=")
-        if name not in ("none", "flip", "shift", "cutout") or pixels and (
-                not pixels.isdigit() or name in ("none", "flip")):
-            break
-        found[name] = int(pixels) if pixels else {"shift": size // 8, "cutout": size // 2}.get(name, True)
-    else:
-        if found and (len(found) == 1 or "none" not in found):
-            return Augmentation(**{name: value for name, value in found.items() if name != "none"})
-    raise DataError("--augmentation must be none, or some of flip, shift=PIXELS and cutout=PIXELS, not "
-                    f"{text!r}")
+    """The Augmentation of a text such as "flip shift=4 cutout=16" or "none", or of an Augmentation.
+
+    size: the smaller side of the images in pixels. Without a number a shift is an eighth of it, a
+    cutout half of it. Raises DataError."""
+    text, usual = str(text).lower(), {"flip": True, "shift": size // 8, "cutout": size // 2}
+    if re.fullmatch(r"none|(\b(flip|(shift|cutout)(=\d+)?)\b[\s,]*)+", text):
+        found = Augmentation(**{name: int(number) if number else usual[name]
+                                for name, number in re.findall(r"([fsc]\w+)=?(\d*)", text)})
+        if found.shift < size:
+            return found
+    raise DataError("--augmentation must be none, or some of flip, shift=PIXELS and cutout=PIXELS, "
+                    f"the shift below the images' {size} pixels, not {text!r}")
 
 
 def draw_augmentation(augmentation: Augmentation, n, height, width, rng: np.random.Generator):
@@ -65,25 +54,26 @@ def draw_augmentation(augmentation: Augmentation, n, height, width, rng: np.rand
 def make_batch(images, index, draws, augmentation: Augmentation, mean, std, cutout=None):
     """Augmented and normalised training images (B, C, H, W), float32, channels last.
 
-    images: (N, C, H + 2 shift, W + 2 shift) uint8 with a border of zeros, channels last; index: (B,)
-    int64 into them; draws: (B, 5) int64 of `draw_augmentation`; mean, std: (C,) float32; all on one
-    device. cutout: where augmentation.cutout is not 0, the side of the square as a 0-d int64 tensor on
-    the device, so that a captured CUDA graph can be replayed with another; None is augmentation.cutout.
+    images: (N, C, H + 2 shift, W + 2 shift) uint8 with a border of zeros, channels last; index:
+    (B,) int64 into them; draws: (B, 5) int64 of `draw_augmentation`; mean, std: (C,) float32; all
+    on one device. cutout: in place of augmentation.cutout, where that is not 0, a 0-d int64 tensor
+    on the device, so that a captured CUDA graph can be replayed with another.
     """
     dy, dx, flip, cut_y, cut_x = draws.unbind(1)
     crops = crop(images, index, dy, dx, augmentation.shift)
     if augmentation.flip:
-        both = torch.cat([crops, crops.flip(2)])
-        crops = both.index_select(0, flip * len(crops) + torch.arange(len(crops), device=crops.device))
+        both = torch.cat([crops, crops.flip(2)])  # several times faster than torch.where
+        each = torch.arange(len(flip), device=flip.device)
+        crops = both.index_select(0, flip * len(flip) + each)
     batch = standardize(crops, mean, std)
-    if augmentation.cutout:  # paper: unspecified (what fills the square: the mean, which is 0 by now)
+    if augmentation.cutout:  # paper: unspecified (what fills the square: the mean, here 0)
         side = augmentation.cutout if cutout is None else cutout
         batch *= 1 - squares(cut_y, cut_x, side, *crops.shape[1:])
     return batch.view(crops.shape).permute(0, 3, 1, 2)
 
 
 def normalize(images, mean, std) -> torch.Tensor:
-    """Images (B, C, H, W) uint8 as float32 of zero mean and unit variance (Sec. 4.1), channels last."""
+    """Images (B, C, H, W) uint8 as float32 of mean 0 and variance 1 (Sec. 4.1), channels last."""
     images = images.permute(0, 2, 3, 1)
     return standardize(images, mean, std).view(images.shape).permute(0, 3, 1, 2)
 
@@ -93,8 +83,8 @@ def crop(images, index, dy, dx, shift):
     images = images.contiguous(memory_format=torch.channels_last)  # as Data holds them: no copy
     n, channels, rows, columns = images.shape
     height, width = rows - 2 * shift, columns - 2 * shift
-    # A row of a crop is W*C consecutive bytes. So gather rows, from a view of every such run of bytes,
-    # numbered by its first pixel: this is several times faster than to gather pixels.
+    # A row of a crop is W*C consecutive bytes. So gather rows, from a view of every such run of
+    # bytes, numbered by its first pixel: several times faster than to gather pixels.
     runs = images.as_strided((n * rows * columns - width + 1, width * channels), (channels, 1))
     corner = (index * rows + dy) * columns + dx
     first = corner[:, None] + columns * torch.arange(height, device=images.device)
@@ -108,7 +98,7 @@ def standardize(images, mean, std):
 
 
 def squares(cut_y, cut_x, side, height, width, channels):
-    """(B, H, W*C) float32: 1 in the square around each centre, as far as it lies within the image, else 0."""
+    """(B, H, W*C) float32: 1 within the square around each centre, else 0."""
     y = torch.arange(height, device=cut_y.device) - cut_y[:, None] + side // 2
     x = torch.arange(width * channels, device=cut_x.device) // channels - cut_x[:, None] + side // 2
     inside_y, inside_x = (y >= 0) & (y < side), (x >= 0) & (x < side)

@@ -1,11 +1,7 @@
-"""Data sets as uint8 tensors: readers, splits, and batched augmentation on the device (Sec. 4).
-
-Every reader, and every data set of your own, goes through `make_data`: the one place where images
-are split, the validation images enlarged and the statistics for normalisation taken. Training then
-calls `make_batch` of augmentation.py. Folders of images are read by folders.py.
-"""
+"""Data sets as uint8 tensors, split and measured by `make_data` (Sec. 4)."""
 
 import hashlib
+import math
 import operator
 import os
 from collections import Counter
@@ -15,18 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.nn import functional as F
 
-from augmentation import Augmentation, draw_augmentation, make_batch, normalize, parse_augmentation
+from augmentation import Augmentation, draw_augmentation, make_batch, parse_augmentation
+from augmentation import normalize as normalize  # for those who look for it here
 from errors import DataError, nearest, plain, told
-from folders import prepared, progress, read_folder, read_image_folder, refuse_other_classes
+from folders import prepared, progress, read_folder, refuse_other_classes
+from folders import read_image_folder as read_image_folder
 from published import read_cifar10, read_digits, read_fashion, read_svhn
-
-__all__ = ["normalize", "read_image_folder"]  # of other files, for those who look for them here
-
-HOLD_OUT_SEED = 0  # where no test split is published, it is the same for every run
-# Random streams of a run's seed that nothing else draws from.
-SPLIT, ENLARGE, NOISE = (0xDA7A, 0), (0xDA7A, 1), (0xDA7A, 2)
 
 
 @dataclass
@@ -40,10 +32,15 @@ class ImageSet:
     def to(self, device):
         return ImageSet(self.images.to(device), self.labels.to(device))
 
+    def part(self, index=slice(None), shift=0):
+        """A copy of the images at `index`, with `shift` zeros on each side, channels last."""
+        images = self.images[index].contiguous(memory_format=torch.channels_last)
+        return ImageSet(F.pad(images, [shift] * 4), self.labels[index])
+
 
 @dataclass
 class Data:
-    """A data set as a run uses it. Training images carry `augmentation.shift` zeros on each side."""
+    """A data set as a run uses it. Training images have `augmentation.shift` zeros on each side."""
 
     name: str
     class_names: tuple
@@ -53,7 +50,7 @@ class Data:
     mean: torch.Tensor  # (C,) float32, of the training images, in units of 0..255
     std: torch.Tensor  # (C,) float32, likewise
     augmentation: Augmentation
-    train_clean: torch.Tensor | None = None  # (N,) int64: the labels before label noise; None: there is none
+    train_clean: torch.Tensor | None = None  # (N,) int64: the labels before label noise
     notes: tuple = ()  # lines of `describe`: what else was done, and what was left out
 
     num_classes = property(lambda self: len(self.class_names))
@@ -77,63 +74,63 @@ class Data:
     def describe(self):
         """What was read and what is done to it: lines for the start of a run."""
         sets = self.train, self.validation, self.test
-        counts = torch.stack([s.labels.bincount(minlength=self.num_classes) for s in sets], 1)
-        classes = [f"{name} {n}" for name, n in zip(self.class_names, counts.tolist(), strict=True)]
+        counts = [s.labels.bincount(minlength=self.num_classes).tolist() for s in sets]
+        classes, rest = list(zip(zip(*counts, strict=True), self.class_names, strict=True)), ""
         if len(classes) > 20:
-            order = counts[:, 0].argsort()
-            classes = [f"the smallest {classes[order[0]]}", f"the largest {classes[order[-1]]}"]
-        return [f"data {plain(self.name)}: {self.num_classes} classes, {self.height}x{self.width} pixels, "
-                f"channels: {self.channels}", f"training, validation and test images: {list(map(len, sets))}; "
-                f"{'; '.join(classes)}", f"training images at random: {self.augmentation}", *self.notes]
+            classes, rest = [min(classes), max(classes)], "; the others lie between"
+        classes = "; ".join(f"{name} {list(n)}" for n, name in classes)
+        return [f"data {plain(self.name)}: {self.num_classes} classes, {self.height}x{self.width} "
+                f"pixels, channels: {self.channels}",
+                f"training, validation and test images: {list(map(len, sets))}; {classes}{rest}",
+                f"at random to each training image: {self.augmentation}", *self.notes]
 
 
-DATASETS = {"digits": read_digits, "fashion": read_fashion, "cifar10": read_cifar10, "svhn": read_svhn}
-CAREFUL = ("a folder's images are not flipped, as an arrow or a letter would become another, and not cut, "
-           "as that can hide what decides; where both are safe: --augmentation \"flip shift cutout\"")
+DATASETS = {"digits": read_digits, "fashion": read_fashion, "cifar10": read_cifar10,
+            "svhn": read_svhn}
+CAREFUL = ("flips can turn one class into another, and cutouts can hide what decides; where "
+           'neither does: --augmentation "flip shift cutout"')
 
 
-def load_data(name: str, root="", image_size=32, download=False, augmentation="auto", **settings) -> Data:
-    """The data set called `name` (one of DATASETS), or the folder of images at the path `name`.
+def load_data(name: str, root="", image_size=32, download=False, augmentation="auto", **settings):
+    """The Data called `name`, one of DATASETS, or that of the folder of images at this path.
 
-    root: where the published files lie, or are downloaded to; empty: $EPBT_DATA or ./data.
-    image_size: side in pixels to which the images of a folder are resized. augmentation: a text for
-    `parse_augmentation`; "auto": a folder's images are shifted. settings: as in `make_data`.
-    Raises DataError.
-    """
-    root = Path(os.path.expanduser(root or os.environ.get("EPBT_DATA") or "data"))
-    if str(root).startswith("~"):
-        raise DataError(f"--data-root {root}: there is no such user")
+    root: where the published files are, or come to; empty: $EPBT_DATA or ./data. image_size: side
+    in pixels to which a folder's images are resized. augmentation: "auto" shifts a folder's images.
+    settings: those of `make_data`. Raises DataError."""
+    with told(f"--data-root {root}"):
+        root = Path(root or os.environ.get("EPBT_DATA") or "data").expanduser()
+    folder = os.path.expanduser(name)
     if name in DATASETS:
         train, test, class_names, notes = DATASETS[name](root, download)
-    elif os.path.isdir(os.path.expanduser(name)):
-        train, test, class_names, notes = read_folder(os.path.expanduser(name), image_size)
+    elif os.path.isdir(folder):
+        train, test, class_names, notes = read_folder(folder, image_size)
     else:
-        raise DataError(f"no data set or folder is called {name!r}{nearest(name, DATASETS)}; accepted are "
-                        f"{', '.join(DATASETS)} and a folder with one subfolder of images per class")
+        raise DataError(f"no data set or folder is called {name!r}{nearest(name, DATASETS)}; "
+                        f"accepted are {', '.join(DATASETS)} and a folder with a subfolder a class")
     if test is None:
         train, test = hold_out(*train)
         notes.append("a fifth of each class is held out for the test")
     if augmentation == "auto" and name not in DATASETS:
-        augmentation, notes = "shift", [*notes, CAREFUL]
+        augmentation = "shift"
+        notes.append(CAREFUL)
     return make_data(train, test, name=name, class_names=class_names, notes=notes,
                      augmentation=augmentation, **settings)
 
 
 def hold_out(images, labels):
-    """Hold out a fifth of each class for the test, and at least one image, the same in every run."""
-    order = np.random.default_rng(HOLD_OUT_SEED).permutation(len(labels))
-    order = in_shares(labels, order, least=1)
-    n = max(len(np.unique(labels)), -(-len(labels) // 5))
-    return tuple((images[part], labels[part]) for part in (np.sort(order[n:]), np.sort(order[:n])))
+    """Hold out a fifth of each class for the test, at least one image, the same in every run."""
+    order = in_shares(labels, np.random.default_rng(0).permutation(len(labels)), least=1)
+    n = max(len(np.unique(labels)), math.ceil(len(labels) / 5))
+    return [(images[part], labels[part]) for part in (np.sort(order[n:]), np.sort(order[:n]))]
 
 
 def in_shares(labels, order, least):
-    """The indices `order` into labels, arranged so that the first n of them, for every n, have each
-    class in its share, once they have `least` of each; the last of each class come at the end."""
+    """The indices `order` into labels, so arranged that the first n, for every n, have each class
+    in its share after `least` of each; and the last of each class are at the end."""
     order = order[np.argsort(labels[order], kind="stable")]
-    _, start, size = np.unique(labels[order], return_index=True, return_counts=True)
-    rank = np.arange(len(order)) - np.repeat(start, size)  # within its class
-    size = np.repeat(size, size)
+    by_class = labels[order]
+    rank = np.arange(len(order)) - np.searchsorted(by_class, by_class)  # within its class
+    size = np.bincount(by_class)[by_class]
     share = np.where(rank == size - 1, 1, (rank + 0.5) / size)
     return order[np.argsort(np.where(rank < least, 0, share), kind="stable")]
 
@@ -143,133 +140,111 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
               label_noise_kind="uniform", notes=()) -> Data:
     """Split, enlarge and measure a data set.
 
-    train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style torch Dataset
-        of (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL images.
-    class_names: None is the list `classes` of the Dataset, or the labels, which must then be 0, 1, ...
-    validation: images of `train` that are held out to measure the fitness; below 1, a share of them.
-    enlarge: so many augmented copies are made of each validation image (Sec. 4.1); 1 leaves them.
-    augmentation: an Augmentation, or a text for `parse_augmentation`; "auto" is none.
-    train_on_all: train on the validation images as well, as Baseline 1 does (Sec. 4.1).
+    train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style Dataset
+        of (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL's.
+    class_names: None: those of a Dataset's list `classes`, or else the labels, then 0, 1, ...
+    validation: images of `train` that measure the fitness; below 1, a share of them.
+    enlarge: so many augmented copies are made of each of these (Sec. 4.1); 1 leaves them.
+    augmentation: what `parse_augmentation` takes; "auto" is none.
+    train_on_all: train on the validation images too, as Baseline 1 does (Sec. 4.1).
     limit: how many images of `train` are used, validation included; 0 is all.
-    label_noise, label_noise_kind: see `wrong_labels`; the labels of the test images stay as they are.
+    label_noise, label_noise_kind: see `wrong_labels`; the test's labels stay as they are.
     notes: lines that `Data.describe` repeats.
-    Every class has its share, and an image at least, of what is trained on and of what is held out.
-    The split and the copies are functions of `seed`. Raises DataError.
-    """
-    listed, of_test = (getattr(source, "classes", None) for source in (train, test))
-    if isinstance(listed, list | tuple):
-        if isinstance(of_test, list | tuple):
-            refuse_other_classes(listed, of_test, "train.classes and test.classes must be the same")
-        class_names = class_names or listed
+    Each class has its share, and an image at least, in training and in validation. All that is
+    random is a function of `seed`. Raises DataError."""
     notes = list(notes)
+    listed = [source.classes for source in (train, test)  # as torchvision's data sets have it
+              if isinstance(getattr(source, "classes", None), list | tuple)]
+    if listed:
+        refuse_other_classes(listed[0], listed[-1], "train.classes and test.classes must agree")
     train, test = read_images(train, "training", notes), read_images(test, "test", notes)
-    if isinstance(augmentation, str):
-        size = min(train.images.shape[2:])
-        augmentation = parse_augmentation(augmentation.replace("auto", "none"), size)
-    class_names = check(train, test, class_names, enlarge, augmentation)
-    limit, validation = check_split(train.labels, validation, limit)
-
-    labels = train.labels.numpy()
-    order = np.random.default_rng((seed, *SPLIT)).permutation(len(train))
-    order = in_shares(labels, order, least=2)[:limit]
-    order = torch.from_numpy(in_shares(labels, order, least=1))
-    held_out, rest = order[:validation], order if train_on_all else order[validation:]
-    clean = train.labels
+    class_names = check(train, test, class_names or (listed or [None])[0])
+    augmentation = parse_augmentation("none" if augmentation == "auto" else augmentation,
+                                      min(train.images.shape[2:]))
+    # Random streams of the seed that nothing else draws from.
+    rngs = [np.random.default_rng((seed, 0xDA7A, i)) for i in range(3)]
+    order, n = shuffled(train.labels, limit, validation, rngs[0])
+    used, clean = order if train_on_all else order[n:], train.labels
     if label_noise:
-        rng = np.random.default_rng((seed, *NOISE))
-        train = replace(train, labels=wrong_labels(clean, order, label_noise, label_noise_kind, len(class_names), rng))
-        notes.append(f"{label_noise:.0%} of the training and validation labels are made wrong ({label_noise_kind})")
-    mean, std = pixel_statistics(train.images, rest)
-    validation_set = ImageSet(pad(train.images[held_out], 0), train.labels[held_out])
+        train.labels = wrong_labels(clean, order, label_noise, label_noise_kind, len(class_names),
+                                    rngs[2])
+        notes.append(f"{label_noise:.0%} of the training and validation labels are made wrong "
+                     f"({label_noise_kind})")
+    mean, std = pixel_statistics(train.images, used)
+    held_out = train.part(order[:n])
     if enlarge > 1:
-        rng = np.random.default_rng((seed, *ENLARGE))
-        validation_set = enlarged(validation_set, enlarge, augmentation, mean, std, rng)
-        notes.append(f"the validation images are {enlarge} augmented copies of each of {validation}")
+        held_out = enlarged(held_out, enlarge, augmentation, mean, std, rngs[1])
+        notes.append(f"the validation images are {enlarge} augmented copies of each of {n}")
     if train_on_all:
         notes.append("the validation images are trained on as well")
-    train_set = ImageSet(pad(train.images[rest], augmentation.shift), train.labels[rest])
-    test_set = ImageSet(pad(test.images, 0), test.labels)
-    return Data(name, class_names, train_set, validation_set, test_set, mean, std, augmentation,
-                clean[rest] if label_noise else None, tuple(notes))
+    return Data(name, class_names, train.part(used, augmentation.shift), held_out, test.part(),
+                mean, std, augmentation, clean[used] if label_noise else None, tuple(notes))
 
 
-def wrong_labels(labels, used, share, kind, num_classes, rng):
-    """labels (N,) in which a share of those at the indices `used`, to within half a label, is another class.
-
-    kind: "uniform", each of the other classes equally often, or "pair", the next class (after the last, the first)."""
-    if not 0 <= share < 1 or kind not in ("uniform", "pair"):
-        raise DataError("--label-noise must be at least 0 and below 1, of the kind uniform or pair, not "
-                        f"{share!r} {kind!r}")
-    wrong = used[torch.from_numpy(rng.permutation(len(used))[:round(share * len(used))])]
-    further = rng.integers(1, num_classes, len(wrong)) if kind == "uniform" else np.ones(len(wrong), dtype=np.int64)
-    labels = labels.clone()
-    labels[wrong] = (labels[wrong] + torch.from_numpy(further)) % num_classes
-    return labels
-
-
-def check(train, test, class_names, enlarge, augmentation):
+def check(train, test, class_names):
     """The names of the classes as text. Raises DataError for what does not fit together."""
-    shape, test_shape = tuple(train.images.shape[1:]), tuple(test.images.shape[1:])
+    shape, test_shape = (tuple(s.images.shape[1:]) for s in (train, test))
     if shape != test_shape:
-        raise DataError(f"the training images are {shape}, the test images {test_shape} (channels, height, "
-                        "width); they must agree")
-    if not isinstance(augmentation, Augmentation) or augmentation.shift >= min(shape[1:]) or enlarge < 1:
-        raise DataError("--enlarge must be 1 or more, and augmentation a data.Augmentation whose shift is "
-                        f"below the height and width of the images, not {enlarge} and {augmentation!r}")
-    labels, found = torch.cat([train.labels, test.labels]), len(train.labels.unique())
+        raise DataError(f"the training images are {shape}, but the test images {test_shape}")
+    found = len(train.labels.unique())
     names = tuple(map(plain, class_names or range(found)))
-    if labels.min() < 0 or labels.max() >= len(names):
-        raise DataError(f"the labels are {labels.min()} to {labels.max()}, and {len(names)} classes are "
-                        f"{'named' if class_names else 'in the training data'}; accepted are 0 to "
-                        f"{len(names) - 1}, with gaps only where class_names has a name for each number")
+    low, high = torch.cat([train.labels, test.labels]).aminmax()
+    if low < 0 or high >= len(names):
+        raise DataError(f"the labels are {low} to {high}, {found} classes in training; accepted "
+                        f"are 0 to {len(names) - 1}, with gaps only where class_names has them all")
     counts, tests = (s.labels.bincount(minlength=len(names)).tolist() for s in (train, test))
     rare = [i for i, n in enumerate(counts) if n == 1 or n == 0 and tests[i]]
     if rare:
-        raise DataError(f"{len(rare)} of {len(names)} classes have too few images, first {names[rare[0]]}, "
-                        f"with {counts[rare[0]]} for training; 2 are needed, as one validates")
+        raise DataError(f"{len(rare)} of {len(names)} classes, first {names[rare[0]]}, have less "
+                        "than two training images, of which one validates")
     if found < 2:
-        raise DataError(f"there must be images of at least two classes, not {found}")
+        raise DataError("all images are of one class; accepted are two classes or more")
     return names
 
 
-def check_split(labels, validation, limit):
-    """How many images are used and held out. Raises DataError where a class cannot be in each part."""
+def shuffled(labels, limit, validation, rng):
+    """The indices of the images that are used, those of the validation first, and how many
+    validate. Raises DataError where a class cannot be in each part."""
     n, classes = len(labels), len(labels.unique())
     limit = limit or n
     validation = max(classes, int(limit * validation)) if validation < 1 else int(validation)
     for option, value, low, high in (("limit", limit, 2 * classes, n),
                                      ("validation", validation, classes, limit - classes)):
         if not low <= value <= high:
-            raise DataError(f"--{option} must be {low} to {high}, as there are {n} training images and "
-                            f"each of {classes} classes needs one in training and in validation, not {value}")
-    return limit, validation
+            raise DataError(f"--{option} must be {low} to {high}, so that of {n} images each of "
+                            f"{classes} classes has one in training and in validation, not {value}")
+    labels = labels.numpy()
+    order = in_shares(labels, rng.permutation(n), least=2)[:limit]
+    return torch.from_numpy(in_shares(labels, order, least=1)), validation
+
+
+def wrong_labels(labels, used, share, kind, num_classes, rng):
+    """labels (N,) in which a share of those at the indices `used` is another class: "uniform", each
+    of the others equally often, or "pair", the next one (after the last, the first)."""
+    if not 0 <= share < 1 or kind not in ("uniform", "pair"):
+        raise DataError("--label-noise must be at least 0 and below 1, of the kind uniform or pair,"
+                        f" not {share!r} {kind!r}")
+    wrong = used[torch.from_numpy(rng.permutation(len(used))[:round(share * len(used))])]
+    further = rng.integers(1, num_classes if kind == "uniform" else 2, len(wrong))
+    return labels.index_add(0, wrong, torch.from_numpy(further)) % num_classes
 
 
 def pixel_statistics(images, index):
     """Mean and standard deviation per channel, (C,) float32 each, of images[index]."""
-    # Counting the 256 values is exact: the result depends on no order of a sum, and on no threads.
-    channels = [images[index, c].flatten() for c in range(images.shape[1])]
-    counts = torch.stack([channel.bincount(minlength=256) for channel in channels])
-    share = counts.double() / counts.sum(1, keepdim=True)
-    values = torch.arange(256, dtype=torch.float64)
+    # Counting the 256 values is exact, whatever the number of threads.
+    counts = torch.stack([images[index, c].flatten().bincount(minlength=256)
+                          for c in range(images.shape[1])])
+    share, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256.0).double()
     mean = share @ values
     std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
     return mean.float(), std.clamp(min=1).float()  # a channel of one colour becomes 0, not NaN
 
 
-def pad(images, shift):
-    """A copy of images (N, C, H, W) with `shift` zeros on each side, channels last in memory."""
-    n, channels, height, width = images.shape
-    padded = images.new_zeros(n, height + 2 * shift, width + 2 * shift, channels)
-    padded[:, shift:shift + height, shift:shift + width] = images.permute(0, 2, 3, 1)
-    return padded.permute(0, 3, 1, 2)
-
-
 def enlarged(image_set, copies, augmentation, mean, std, rng):
     """So many copies of every image, each augmented (Sec. 4.1)."""
-    # paper: unspecified (how: here as in training, cutout included; the originals are not among them)
+    # paper: unspecified (how: as in training, cutout included; the originals are not among them)
     n, _, height, width = image_set.images.shape
-    padded, index, images = pad(image_set.images, augmentation.shift), torch.arange(n), []
+    padded, index, images = image_set.part(shift=augmentation.shift).images, torch.arange(n), []
     for _ in range(copies):
         draws = torch.from_numpy(draw_augmentation(augmentation, n, height, width, rng))
         batch = make_batch(padded, index, draws, augmentation, mean, std)
@@ -278,23 +253,20 @@ def enlarged(image_set, copies, augmentation, mean, std, rng):
 
 
 def read_images(source, part, notes):
-    """The ImageSet of a source as `make_data` accepts it; `part` names it in errors and in notes."""
-    with told(f"the {part} data"):
+    """The ImageSet of a source of `make_data`; `part` names it in errors and in notes."""
+    with told(f"the {part} data ({type(source).__name__})",
+              "; accepted are a pair (images, labels), and a map-style Dataset of (image, label)"):
         if isinstance(source, tuple | list) and len(source) == 2:
             images, labels = to_uint8(source[0]), as_tensor(source[1])
-        elif all(hasattr(source, name) for name in ("__getitem__", "__len__")) and not isinstance(
-                source, (tuple, list, dict, str, torch.Tensor, np.ndarray, IterableDataset)):
+        else:
             images, labels, done = read_dataset(source)
             notes.extend(f"{n} {part} {what}" for what, n in done.items())
-        else:
-            raise DataError(f"accepted are a pair (images, labels), and a map-style Dataset of (image, "
-                            f"label), not {type(source).__name__}")
-        shape, whole = images.shape, not labels.is_floating_point() and not labels.is_complex()
-        if images.ndim != 4 or labels.shape != shape[:1] or 0 in shape or not whole or (
-                shape[3] <= 4 < shape[1]):
-            raise DataError(f"the shapes are {tuple(shape)} and {tuple(labels.shape)}, the labels "
-                            f"{labels.dtype}; accepted are images (N, channels, height, width), not "
-                            "channels last, and labels (N,) that are whole numbers")
+        shape, whole = tuple(images.shape), torch.can_cast(labels.dtype, torch.int64)
+        channels_last = len(shape) == 4 and shape[3] <= 4 < shape[1]
+        if len(shape) != 4 or labels.shape != shape[:1] or 0 in shape or channels_last or not whole:
+            raise DataError(f"the shapes are {shape} and {tuple(labels.shape)}, the labels "
+                            f"{labels.dtype}; they must be images (N, channels, height, width) and "
+                            "whole numbers (N,)")
     return ImageSet(images, labels.long())
 
 
@@ -310,9 +282,6 @@ def read_dataset(dataset):
                 image = np.atleast_3d(np.array(image)).transpose(2, 0, 1)
                 done.update(steps)
             images.append(to_uint8(image))
-            if images[i].shape != images[0].shape:
-                raise DataError(f"its shape is {tuple(images[i].shape)}, that of the first "
-                                f"{tuple(images[0].shape)}; all must have the same")
     return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), done
 
 
@@ -327,6 +296,6 @@ def to_uint8(images):
     if images.is_floating_point() and images.numel() and images.min() >= 0 and images.max() <= 1:
         images = (images * 255).round().to(torch.uint8)
     if images.dtype != torch.uint8:
-        raise DataError(f"images are {images.dtype}; accepted are uint8, and floats in [0, 1], not yet "
-                        "normalised")
+        raise DataError(f"images are {images.dtype}; they must be uint8, or floats in [0, 1], not "
+                        "yet normalised")
     return images

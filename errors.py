@@ -2,12 +2,16 @@
 
 import difflib
 import re
+import sys
 from contextlib import contextmanager
+from typing import Literal, get_args, get_origin
+
+LEAST, MOST = sys.float_info.min, sys.float_info.max  # the positive numbers
 
 
 def plain(text):
-    """Text that can be printed, drawn and written as UTF-8, in one line: control characters and
-    bytes of a file's name that are no UTF-8 are escaped."""
+    """The text in one line that can be printed, drawn and written as UTF-8: control characters,
+    and bytes of a file's name that are no UTF-8, are escaped."""
     unsafe = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(unsafe, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
@@ -24,12 +28,34 @@ def nearest(name, names):
     return f", did you mean {lower[matches[0]]!r}?" if matches else ""
 
 
+def mistake(declared, value):
+    """What a value must be and is not, or None. declared: str, bool, Literal, a tuple, or a number
+    as Annotated[int or float, lowest, highest]."""
+    kind, *arguments = get_origin(declared), *get_args(declared)
+    if kind is Literal:
+        return None if value in arguments else (
+            f"one of {', '.join(arguments)}, not {value!r}{nearest(str(value), arguments)}")
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return f"a tuple of numbers, not {value!r}"
+        return next(filter(None, (mistake(arguments[0], x) for x in value)), None)
+    if kind is None:
+        word = {str: "text", bool: "True or False"}[declared]
+        return None if isinstance(value, declared) else f"{word}, not {value!r}"
+    number, low, high = arguments
+    if isinstance(value, (int, number)) and not isinstance(value, bool) and low <= value <= high:
+        return None
+    word = "a whole number" if number is int else "a number"
+    word += " above 0" if low == LEAST else f" from {low} on"
+    return f"{word}{f' and at most {high:.0f}' if high < MOST else ''}, not {value!r}"
+
+
 class ConfigError(Exception):
     """One line for each thing that is wrong with a config."""
 
 
 class OneLine(Exception):
-    """Its message is one clear line, whatever it quotes."""
+    """Its message is one line, whatever it quotes."""
 
     def __init__(self, text=""):
         super().__init__(message(text))
@@ -44,11 +70,10 @@ class RunError(OneLine):
 
 
 @contextmanager
-def told(what):
-    """Whatever is raised within, also by other people's code, becomes a DataError about `what`."""
+def told(what, advice=""):
+    """Whatever is raised within, also by other people's code, becomes a DataError."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"{what}: {error}") from error
     except Exception as error:
-        raise DataError(f"{what}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+        raise DataError(f"{what}: {kind}{error}{advice}") from error

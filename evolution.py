@@ -1,29 +1,32 @@
-"""The genetic operators of EPBT: pure functions on NumPy arrays, every random choice drawn from an explicit `rng`.
+"""The genetic operators of EPBT: pure functions on NumPy arrays, with an explicit `rng`.
 
-A population's hyperparameters are a float64 array h of shape (individuals, variables), its columns in the order of
-the search space. Callers pass individuals in the order of their ids, so that "ties go to the lower index" means
-ties go to the older individual, and no order ever depends on chance.
+A population's hyperparameters are a float64 array h of shape (individuals, variables), its columns
+in the order of the search space. Callers pass individuals in the order of their ids, so that "ties
+go to the lower index" means ties go to the older individual, and no order depends on chance.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from errors import ConfigError, nearest
+
 STREAMS = ("evolution", "training", "weights")
-REDRAWS = 1000  # of a loss that trains backwards, which one in two does in the usual search space
 
 
 def random_stream(purpose, seed, *key):
     """A generator of its own for each purpose and key, all derived from the run's seed.
 
-    The purpose comes first and is never 0, since NumPy pads a seed with zeros: (seed, 3) and (seed, 3, 0) are one."""
+    The purpose comes first and is never 0, since NumPy pads a seed with zeros: (seed, 3) and
+    (seed, 3, 0) are one."""
     return np.random.default_rng((1 + STREAMS.index(purpose), seed, *key))
 
 
 @dataclass(frozen=True)
 class Variable:
-    """One evolved hyperparameter: its initial range, whether it is drawn uniformly in its logarithm, and whether
-    mutation is clipped to that range."""
+    """One evolved hyperparameter: its initial range, whether it is drawn uniformly in its
+    logarithm, and whether mutation is clipped to that range."""
 
     name: str
     low: float
@@ -32,33 +35,69 @@ class Variable:
     clip: bool = True
 
     def __post_init__(self):
-        if not self.low < self.high:
-            raise ValueError(f"variable {self.name}: its range [{self.low}, {self.high}] is empty")
-        if self.log and self.low <= 0:
-            raise ValueError(f"variable {self.name}: a logarithmic range starts above 0, not at {self.low}")
+        for end in ("low", "high"):
+            object.__setattr__(self, end, float(getattr(self, end)))
+        lowest = 0 if self.log else -np.inf
+        if not lowest < self.low < self.high < np.inf:
+            raise ValueError(f"variable {self.name}: its range, {self.low} to {self.high}, must be "
+                             f"finite and not empty, and start above {lowest}")
 
     def at(self, u):
         """The value a fraction u in [0, 1) of the way through the range."""
-        return self.low * (self.high / self.low) ** u if self.log else self.low + (self.high - self.low) * u
+        if self.log:
+            return self.low * (self.high / self.low) ** u
+        return self.low + (self.high - self.low) * u
 
 
-# Sec. 4.1: theta is drawn from U(-10, 10). paper: unspecified: the other three ranges; they contain Baseline 1's
-# schedule (scale 1, decay 5 or 10, momentum 0.9), as the paper asks of its search space.
+# Sec. 4.1: theta is drawn from U(-10, 10). paper: unspecified: the other three ranges; they contain
+# Baseline 1's schedule (scale 1, decay 5 or 10, momentum 0.9), as the paper asks.
 LEARNING_RATE_SCHEDULE = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 1.0, 10.0))
 MOMENTUM = (Variable("momentum", 0.5, 0.99),)
 # Not in the paper: no rates below Baseline 1's first.
-HIGH_RATES = (Variable("lr_scale", 1.0, 10.0, log=True), Variable("lr_decay", 1.0, 10.0), Variable("momentum", 0.8, 0.97))
+HIGH_RATES = (Variable("lr_scale", 1.0, 10.0, log=True), Variable("lr_decay", 1.0, 10.0),
+              Variable("momentum", 0.8, 0.97))
+# What PBT evolves. Sec. 4.1: between 0.1 and 0.0001, here as a scale of the rate 0.1. paper:
+# unspecified: uniform in the logarithm.
+RATE = (Variable("lr_scale", 1e-3, 1.0, log=True),)
 
 
 def search_space(theta_range=10.0, high_rates=False, cutout=0):
-    """The variables that EPBT evolves; those of the loss only with a theta_range. Not in the paper: cutout, if it is
-    not 0, is the largest side in pixels of the square that is cut out."""
-    theta = tuple(Variable(f"theta{i}", -theta_range, theta_range, clip=False) for i in range(8)) if theta_range else ()
+    """The variables that EPBT evolves; those of the loss only with a theta_range. Not in the paper:
+    cutout, if it is not 0, is the largest side in pixels of the square that is cut out."""
+    theta = tuple(Variable(f"theta{i}", -theta_range, theta_range, clip=False)
+                  for i in range(8 if theta_range else 0))
     rates = HIGH_RATES if high_rates else LEARNING_RATE_SCHEDULE + MOMENTUM
     return theta + rates + ((Variable("cutout", 0.0, float(cutout)),) if cutout else ())
 
 
 SEARCH_SPACE = search_space()
+
+
+def checked_space(space, accepted):
+    """The variables as a tuple. Raises ConfigError for one that training cannot apply. accepted:
+    the names of all hyperparameters."""
+    space = tuple(space) if isinstance(space, Iterable) else (space,)
+    for v in space:
+        if not isinstance(v, Variable):
+            raise ConfigError("space must be a tuple of evolution.Variable, such as "
+                              f'Variable("momentum", 0.5, 0.9), not {v!r}')
+    names, lines = [v.name for v in space], []
+    for v in space:
+        above, highest = v.name == "lr_decay", 1 if v.name == "momentum" else np.inf
+        if v.name not in accepted:
+            lines.append(f"no hyperparameter is called {v.name!r}{nearest(str(v.name), accepted)}; "
+                         f"accepted are {', '.join(accepted)}")
+        elif names.count(v.name) > 1:
+            lines.append(f"{v.name} is twice among the evolved variables")
+        elif "theta" not in v.name and not (v.clip and v.low >= 0 and v.high <= highest
+                                            and (v.low or not above)):
+            lines.append(f"{v.name} must stay {'above' if above else 'from'} 0"
+                         f"{' to 1' * (highest == 1)}, with clip: it is {v}")
+    if sum("theta" in str(name) for name in names) not in (0, 8):
+        lines.append("the evolved variables must have all of the eight thetas, or none")
+    if lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return space
 
 
 def as_array(space, hyperparameters):
@@ -77,22 +116,11 @@ def draw(space, n, rng):
     return np.array([v.at(column) for v, column in zip(space, u.T, strict=True)]).reshape(-1, n).T
 
 
-def initialize(space, n, rng, viable_for=None, known=None, copies=0):
+def initialize(space, n, rng, known=None, copies=0):
     """Sec. 3.2, Initialization: h of shape (n, variables), uniform within the ranges.
 
-    Not in the paper: with viable_for = the number of classes, rows whose loss would train backwards are drawn
-    again; then the first so many rows, `copies`, get the values of `known`, a dict, where it has a variable."""
+    Not in the paper: the first `copies` rows get the values of `known`, a dict by name."""
     h = draw(space, n, rng)
-    names = [v.name for v in space]
-    if "theta0" in names and viable_for is not None:
-        theta = [names.index(f"theta{i}") for i in range(8)]
-        for _ in range(REDRAWS):
-            backwards = np.flatnonzero(first_step(h[:, theta], viable_for) <= 0)
-            if not len(backwards):
-                break
-            h[backwards] = draw(space, len(backwards), rng)
-        else:
-            raise ValueError(f"losses still train backwards after {REDRAWS} draws: the search space has hardly any others")
     for i, v in enumerate(space):
         if copies and v.name in known:
             h[:copies, i] = np.clip(known[v.name], v.low, v.high) if v.clip else known[v.name]
@@ -100,35 +128,28 @@ def initialize(space, n, rng, viable_for=None, known=None, copies=0):
 
 
 def known_loss(classes):
-    """theta, as a dict, of a loss of Eq. 2's form that is known to learn: cross-entropy's second-order Taylor expansion.
+    """theta, as a dict, of a loss that is known to learn: cross-entropy to the second order.
 
-    For the probability y of the right class, -log y = (1 - y) + (1 - y)^2 / 2 + ... around y = 1. In Eq. 2, theta0 = 0
-    makes (x - theta0) the one-hot label, which leaves of the sum over classes the right one alone, and theta1 = 1
-    expands around y = 1: L = -(1/n) [theta5 (y - 1) + theta6 (y - 1)^2 / 2]. With theta5 = n and theta6 = -n that is
-    (1 - y) + (1 - y)^2 / 2. For ten classes it lies on the edge of the initial range of Sec. 4.1."""
+    For the probability y of the right class, -log y = (1 - y) + (1 - y)^2 / 2 + ... around y = 1.
+    In Eq. 2, theta0 = 0 makes (x - theta0) the one-hot label, which leaves of the sum over classes
+    the right one alone, and theta1 = 1 expands around y = 1:
+    L = -(1/n) [theta5 (y - 1) + theta6 (y - 1)^2 / 2]. With theta5 = n and theta6 = -n that is
+    (1 - y) + (1 - y)^2 / 2. For ten classes it is on the edge of the initial range of Sec. 4.1."""
     return {f"theta{i}": float(x) for i, x in enumerate((0, 1, 0, 0, 0, classes, -classes, 0))}
 
 
-def first_step(theta, classes):
-    """How strongly the first step under a loss raises the logit of the true class; below 0, the loss trains backwards.
-
-    It is the part of df/dy, f the polynomial of Eq. 2, in which the true class (x = 1) differs from the others
-    (x = 0), at the uniform prediction y = 1/classes. theta: (..., 8); returns (...)."""
-    t = np.moveaxis(theta, -1, 0)
-    return t[5] + t[6] * (1 / classes - t[1]) + 0.5 * t[7] * (1 - 2 * t[0])
-
-
 def tournament(fitness, n, t, rng):
-    """Sec. 3.2, Step 1, operator tau: n winners, each the fittest of t individuals drawn at random; paper: unspecified:
-    without replacement (of all, where fewer than t live). Returns indices (n,); one individual may win many times."""
+    """Sec. 3.2, Step 1, operator tau: n winners, each the fittest of t individuals drawn at random;
+    paper: unspecified: without replacement (of all, where fewer than t live). Returns indices (n,);
+    one individual may win many times."""
     t = min(t, len(fitness))
     contests = [np.sort(rng.choice(len(fitness), size=t, replace=False)) for _ in range(n)]
     return np.array([c[np.argmax(fitness[c])] for c in contests], dtype=int)
 
 
 def mutate(h, space, sigma, reset_probability, rng):
-    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), then with reset_probability a fresh draw, for each
-    variable independently. Variables with clip stay within their range."""
+    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), then with reset_probability a
+    fresh draw, for each variable independently. Variables with clip stay within their range."""
     mutated = h * (1 + sigma * rng.standard_normal(h.shape))
     for i, v in enumerate(space):
         if v.clip:
@@ -138,9 +159,9 @@ def mutate(h, space, sigma, reset_probability, rng):
 
 
 def crossover(h, probability, rng):
-    """Sec. 3.2, Step 2, operator xi: each variable is taken, with the given probability (the paper's 50%), from one
-    other member of the set. Returns the children (n, variables) and for each the index of the member that gave
-    something, or -1 where none did."""
+    """Sec. 3.2, Step 2, operator xi: each variable is taken, with the given probability (the
+    paper's 50%), from one other member of the set. Returns the children (n, variables) and for each
+    the index of the member that gave something, or -1 where none did."""
     n = len(h)
     if n < 2:
         return h.copy(), np.full(n, -1)
@@ -157,9 +178,9 @@ def best_first(fitness, n):
 def novelty_scores(behaviour):
     """Eq. 1: S_i, the sum of the distances d from behaviour vector b_i to all others.
 
-    paper: unspecified: d is the Euclidean distance, the root of the number of images on which two disagree.
-    behaviour: (m, N) booleans, right or wrong on each of N validation images. Returns the scores (m,) and the
-    distances (m, m)."""
+    paper: unspecified: d is the Euclidean distance, the root of the number of images on which two
+    disagree. behaviour: (m, N) booleans, right or wrong on each of N validation images. Returns the
+    scores (m,) and the distances (m, m)."""
     distance = np.sqrt((behaviour[:, None] != behaviour[None]).sum(axis=2))
     # Summed in sorted order, so that equal sets of distances have equal sums and ties are ties.
     return np.sort(distance, axis=1).sum(axis=1), distance
@@ -168,14 +189,15 @@ def novelty_scores(behaviour):
 def novelty_elites(fitness, behaviour, k, m):
     """Sec. 2.5 and 3.4: of the m fittest the k most novel, skipping candidates of the same cluster.
 
-    paper: unspecified: the fittest always stays; the rest are ranked by S_i (ties by fitness, then age). The first
-    k - 1 are kept, each remaining candidate is put in by turns, and the later ranked of the closest pair drops out; the
-    fittest is in no pair. Returns the indices of the elites, the fittest first, the others by rank."""
+    paper: unspecified: the fittest always stays; the rest are ranked by S_i (ties by fitness, then
+    age). The first k - 1 are kept, each remaining candidate is put in by turns, and the later
+    ranked of the closest pair drops out; the fittest is in no pair. Returns the indices of the
+    elites, the fittest first, the others by rank."""
     candidates = best_first(fitness, m)
     scores, distance = novelty_scores(behaviour[candidates])
     ranked = 1 + np.argsort(-scores[1:], kind="stable")  # candidates are sorted by fitness already
     kept = list(ranked[: k - 1])
-    for newcomer in ranked[k - 1 :] if k > 2 else ():  # else the newcomer itself is the later of any pair
+    for newcomer in ranked[k - 1 :] if k > 2 else ():  # else the newcomer is the later of any pair
         kept.append(newcomer)
         _, later = min((distance[a, b], -j) for j, b in enumerate(kept) for a in kept[:j])
         kept.pop(-later)
@@ -183,10 +205,10 @@ def novelty_elites(fitness, behaviour, k, m):
 
 
 def select_elites(fitness, correct, k, m, n, novel, rng):
-    """Alg. 1, step 3b: indices of the k fittest, or where novel is true of the k most novel of the m fittest.
+    """Alg. 1, step 3b: indices of the k fittest, or if novel the k most novel of the m fittest.
 
-    correct: (individuals, validation images) booleans. Sec. 3.4: the behaviour is taken on n of the images, chosen at
-    random; paper: unspecified: anew in each generation."""
+    correct: (individuals, validation images) booleans. Sec. 3.4: the behaviour is taken on n of the
+    images, chosen at random; paper: unspecified: anew in each generation."""
     if not novel:
         return best_first(fitness, k)
     images = rng.choice(correct.shape[1], size=min(n, correct.shape[1]), replace=False)
@@ -196,8 +218,8 @@ def select_elites(fitness, correct, k, m, n, novel, rng):
 def pulse(generation, period, reading):
     """Sec. 3.4: whether Novelty Selection is on in this generation.
 
-    reading: 'pulsation' (off for p generations, then on for p, as Sec. 2.5 says), 'one-in-p' (on in every p-th),
-    'always' or 'off'."""
+    reading: 'pulsation' (off for p generations, then on for p, as Sec. 2.5 says), 'one-in-p' (on in
+    every p-th), 'always' or 'off'."""
     return {
         "pulsation": generation // period % 2 == 1,
         "one-in-p": generation % period == period - 1,

@@ -8,6 +8,7 @@
 import argparse
 import csv
 import io
+import os
 import re
 import subprocess
 import sys
@@ -127,10 +128,13 @@ def figure_losses(runs, title):
 
 
 def applied(run, name):
-    """What training applied to the best individual of each generation, by epoch. An elite keeps
-    what it was trained with."""
-    values = [np.resize(best["applied"][name], run.config["epochs"]) for best in run.best]
-    return np.concatenate(values).astype(float)
+    """What training applied to the best individual of each generation, by epoch; NaN for epochs
+    that it did not train, as it diverged. An elite keeps what it was trained with."""
+    values = np.full((len(run.best), run.config["epochs"]), np.nan)
+    for line, best in zip(values, run.best, strict=True):
+        value = best["applied"][name]
+        line[: len(value) if isinstance(value, list) else None] = value
+    return values.ravel()
 
 
 def figure_schedule(runs, title):
@@ -149,8 +153,9 @@ def figure_schedule(runs, title):
         column[-1].set_xlabel("epoch")
         for ax, drawn in zip(column, names, strict=True):
             for i, name in enumerate(drawn):
-                legend[name.replace("_", " ")] = ax.stairs(
-                    applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
+                line = ax.stairs(applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
+                if name not in others:
+                    legend[name.replace("_", " ")] = line
     for ax, name in zip(axes[:, 0], ("value", "log scale", *others), strict=True):
         ax.set_ylabel(name.replace("_", " "))
     add_legend(figure, legend)
@@ -159,12 +164,11 @@ def figure_schedule(runs, title):
 
 def evolved_figures(runs, title):
     """Figures 5 and 6 of what is evolved; none of old logs, which lack what training applied."""
-    best = runs[0].best[-1]
-    figures = {}
-    if best.get("applied", {}).get("theta"):
-        figures["losses"] = figure_losses(runs, title)
-    if "applied" in best and any(name[:5] != "theta" for name in best["hyperparameters"]):
+    best, figures = runs[0].best[-1], {}
+    if best.get("applied") and any(name[:5] != "theta" for name in best["hyperparameters"]):
         figures["schedule"] = figure_schedule(runs, title)
+    if best.get("applied") and best["applied"]["theta"]:
+        figures["losses"] = figure_losses(runs, title)
     return figures
 
 
@@ -198,7 +202,8 @@ def row_figures(problems):
             found = evolved_figures(runs, f"{row}: {problem}{noisy(noise)}")
             for kind, figure in found.items() if runs[0].config["method"] != "replay" else ():
                 name = f"{kind} {row}" + f" {problem}" * (len(problems) > 1)
-                figures[re.sub(r"[^\w.]+", "-", name.lower())] = figure
+                name = re.sub(r"[^\w.]+", "-", name.lower()).encode()[:200].decode(errors="ignore")
+                figures[name if name not in figures else f"{name}-{len(figures)}"] = figure
     return figures
 
 
@@ -206,13 +211,12 @@ def save(figures, folder, svg=True):
     """Write each figure as PNG, and as SVG, the same bytes each time."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        path = folder / name.encode()[:200].decode(errors="ignore")
         if svg:
-            figure.savefig(f"{path}.svg", metadata={"Date": None})
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         image = io.BytesIO()
         figure.savefig(image, format="png")
         # 256 colours: a third of the bytes, and no difference that is seen.
-        Image.open(image).convert("RGB").quantize().save(f"{path}.png", optimize=True)
+        Image.open(image).convert("RGB").quantize().save(folder / f"{name}.png", optimize=True)
 
 
 def draw_run(run):
@@ -255,11 +259,13 @@ def compare(folders, out, references=(), command=None):
 
 def made_by(command):
     """The command, the commit and the machine, for the beginning of a README."""
-    git = subprocess.run("git describe --always --dirty".split(), capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    return (f"Command: `{printable(command)}`. Commit: {git.stdout.strip() or 'unknown'}. Machine: "
-            f"{len(names)} cores of {' '.join(names[:1])}.")
+    lines = ("git describe --always --dirty",
+             "sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1")
+    commit, machine = (subprocess.run(  # by a shell, which goes on where there is no git
+        line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip() or "unknown" for line in lines)
+    return (f"Command: `{printable(command)}`. Commit: {commit}. Machine: {os.cpu_count()} cores, "
+            f"{machine}.")
 
 
 def main(arguments=None):

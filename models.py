@@ -1,11 +1,11 @@
 """The networks of Sec. 4.1, and any other classifier, by name.
 
-A name is one of `MODELS` (`resnet32`, `wrn-16-8`, ...), `torchvision:NAME` for a classifier of torchvision,
-or `package.module:factory` for your own, called as `factory(num_classes=..., in_channels=...)`.
+A name is one of `MODELS` (`resnet32`, `wrn-16-8`, ...), `torchvision:NAME` for a classifier of
+torchvision, or `package.module:factory` for your own, called as
+`factory(num_classes=..., in_channels=...)`.
 """
 
 import importlib
-import inspect
 import os
 import random
 import sys
@@ -41,12 +41,13 @@ class BasicBlock(nn.Module):
     def shortcut(self, x):
         if self.new_channels == 0:
             return x
-        # As x[:, :, ::stride, ::stride], whose gradient would not be channels last: a tenth of a step on a CPU.
+        # As x[:, :, ::stride, ::stride], whose gradient would not be channels last: a tenth of a
+        # step on a CPU.
         return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.new_channels))
 
 
 class ResNet(nn.Module):
-    """ResNet for CIFAR [15] of `depth` = 6n + 2 layers: three stages of n blocks, 16-32-64 channels."""
+    """ResNet for CIFAR [15], `depth` = 6n + 2: three stages of n blocks, 16-32-64 channels."""
 
     def __init__(self, depth, num_classes, in_channels):
         super().__init__()
@@ -82,12 +83,14 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width [53], `depth` = 6n + 4: three stages of n blocks, 16-32-64 times `width` channels."""
+    """WRN-depth-width [53], `depth` = 6n + 4: three stages of n blocks, 16-32-64 channels times
+    `width`."""
 
     def __init__(self, depth, width, num_classes, in_channels):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
-        self.blocks = stack(PreActivationBlock, [16, 16 * width, 32 * width, 64 * width], (depth - 4) // 6)
+        channels = [16, 16 * width, 32 * width, 64 * width]
+        self.blocks = stack(PreActivationBlock, channels, (depth - 4) // 6)
         self.bn = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
         he_init(self)
@@ -98,7 +101,7 @@ class WideResNet(nn.Module):
 
 
 def stack(block, channels, blocks_per_stage):
-    """Three stages, from channels[i] to channels[i + 1]; the last two begin by halving height and width."""
+    """Three stages, from channels[i] to channels[i + 1]; the last two halve height and width."""
     layers = []
     for before, after, stride in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
         layers.append(block(before, after, stride))
@@ -109,41 +112,33 @@ def stack(block, channels, blocks_per_stage):
 def he_init(model):
     """He initialisation [14] of every convolution and linear layer: N(0, 2 / fan_in), biases 0."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):  # paper: unspecified (which layers, fan-in or fan-out)
+        # paper: unspecified (which layers, fan-in or fan-out)
+        if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
 # Sec. 4.1; resnet8, wrn-10-1 and wrn-16-1 are small ones for a CPU.
-MODELS = {
-    "resnet8": partial(ResNet, 8),
-    "resnet20": partial(ResNet, 20),
-    "resnet32": partial(ResNet, 32),
-    "resnet56": partial(ResNet, 56),
-    "wrn-10-1": partial(WideResNet, 10, 1),
-    "wrn-16-1": partial(WideResNet, 16, 1),
-    "wrn-10-12": partial(WideResNet, 10, 12),
-    "wrn-16-8": partial(WideResNet, 16, 8),
-    "wrn-22-6": partial(WideResNet, 22, 6),
-    "wrn-28-5": partial(WideResNet, 28, 5),
-}
+WIDE = (10, 1), (16, 1), (10, 12), (16, 8), (22, 6), (28, 5)
+MODELS = ({f"resnet{depth}": partial(ResNet, depth) for depth in (8, 20, 32, 56)}
+          | {f"wrn-{depth}-{width}": partial(WideResNet, depth, width) for depth, width in WIDE})
 
 
 def make_model(name: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
-    """A new classifier, float32 on the CPU: images (B, in_channels, H, W) to logits (B, num_classes).
+    """A new classifier on the CPU: images (B, in_channels, H, W) to logits (B, num_classes).
 
-    Its weights are a function of `seed` alone; the global random generators stay as they were. The models in
-    `MODELS` take any height and width from 8 pixels on. Raises ValueError for a name that is not a model's.
-    """
+    Its weights are a function of `seed` alone; the global random generators stay as they were. The
+    models in `MODELS` are float32 and take any height and width from 8 pixels on. Raises
+    ConfigError for a name that is not a model's, or whatever a factory of your own raises."""
     factory = find_factory(name)
-    # Constructors, other people's too, draw from the global generators: seed these, then restore them.
-    with random_states_kept():
+    with random_states_kept():  # constructors draw from the global generators
         torch.default_generator.manual_seed(int(seed))
         seed_numpy_and_python(seed)
         model = factory(num_classes=num_classes, in_channels=in_channels)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model {name}: the factory returned {type(model).__name__}, not a torch.nn.Module")
+        raise ConfigError(f"--model {name}: the factory returned {type(model).__name__}, not a "
+                          "torch.nn.Module")
     return model
 
 
@@ -153,8 +148,10 @@ def random_states():
 
 
 def set_random_states(states):
-    for set_state, state in zip((torch.set_rng_state, np.random.set_state, random.setstate), states, strict=True):
-        set_state(state)
+    for_torch, for_numpy, for_python = states
+    torch.set_rng_state(for_torch)
+    np.random.set_state(for_numpy)
+    random.setstate(for_python)
 
 
 def seed_numpy_and_python(seed):
@@ -172,26 +169,17 @@ def random_states_kept():
         set_random_states(before)
 
 
-def model_error(name: str) -> str | None:
-    """One line that says why `name` is not a model and what is, or None if it is one."""
-    try:
-        find_factory(name)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def find_factory(name):
-    """The callable behind a name, or ValueError with one clear line."""
+    """The callable behind a name. Raises ConfigError."""
+    module, colon, attribute = name.partition(":")
     if name in MODELS:
         return MODELS[name]
-    module, colon, attribute = name.partition(":")
     if module == "torchvision" and colon:
         return torchvision_factory(attribute)
     if module and attribute:
-        return own_factory(module, attribute)
-    raise ValueError(f"no model is called {name!r}{nearest(name, MODELS)}; accepted are {', '.join(MODELS)}, "
-                     "torchvision:NAME and package.module:factory")
+        return imported("--model", module, attribute)
+    raise ConfigError(f"--model: no model is called {name!r}{nearest(name, MODELS)}; accepted are "
+                      f"{', '.join(MODELS)}, torchvision:NAME and package.module:factory")
 
 
 def torchvision_factory(name):
@@ -199,9 +187,11 @@ def torchvision_factory(name):
 
     names = models.list_models(module=models)
     if name not in names:
-        raise ValueError(f"torchvision has no classification model called {name!r}{nearest(name, names)}")
+        raise ConfigError(f"--model: torchvision has no classification model called {name!r}"
+                          f"{nearest(name, names)}")
     # These two return a tuple while they train unless their auxiliary heads are off.
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    auxiliary = name in ("googlenet", "inception_v3")
+    options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
 
     def factory(num_classes, in_channels):
         model = models.get_model(name, weights=None, num_classes=num_classes, **options)
@@ -216,44 +206,40 @@ def replace_stem(model, in_channels):
     new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding,
                     bias=old.bias is not None)
     he_init(new)
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    model.set_submodule(path, new)
     return model
 
 
-def factory_name(factory):
-    """The name of a factory, as worker processes find it and tables show it. Raises ConfigError for what has none."""
-    if not (inspect.isfunction(factory) or inspect.isclass(factory)) or "<" in factory.__qualname__:
-        what = getattr(factory, "__qualname__", f"an object of the class {type(factory).__name__}")
-        raise ConfigError("make_model must be a function or class at the top level of a module, called as "
-                          f"make_model(num_classes=..., in_channels=...), not {what}")
-    module, main = factory.__module__, sys.modules["__main__"]
-    if module == "__main__" and os.path.isfile(getattr(main, "__file__", "")):  # of a script, elsewhere a module
-        name = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
-        if "." in name and not main.__spec__:
-            raise ConfigError(f"make_model is in {Path(main.__file__).name}, which cannot be imported: there must be no "
-                              "dot before .py")
-        if sys.modules.setdefault(name, main) is main:  # not to be carried out again here
-            module = name
-    return f"{module}:{factory.__qualname__}"
-
-
-def own_factory(module_name, attribute):
+def imported(flag, module, attribute):
+    """A function of the user's, by name. flag: of which option, for errors. Raises ConfigError."""
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that a file of the user's never hides one of this repository
+        sys.path.append(os.getcwd())  # last, so that no file of the user's hides one of ours
     try:
-        module = importlib.import_module(module_name)
+        found = importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise ValueError(f"model {module_name}:{attribute}: cannot import {module_name!r} "
-                         f"({type(error).__name__}: {message(error)})") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        where = getattr(module, "__file__", module_name)
-        raise ValueError(f"model {module_name}:{attribute}: {where} has no callable "
-                         f"{attribute!r}{nearest(attribute, vars(module))}")
-    try:
-        inspect.signature(factory).bind(num_classes=10, in_channels=3)
-    except TypeError as error:
-        raise ValueError(f"model {module_name}:{attribute}: it must be callable as factory(num_classes=..., "
-                         f"in_channels=...) ({error})") from error
-    return factory
+        raise ConfigError(f"{flag} {module}:{attribute}: cannot import {module!r} "
+                          f"({type(error).__name__}: {message(error)})") from error
+    function = getattr(found, attribute, None)
+    if not callable(function):
+        raise ConfigError(f"{flag} {module}:{attribute}: {getattr(found, '__file__', module)} has "
+                          f"no callable {attribute!r}{nearest(attribute, vars(found))}")
+    return function
+
+
+def import_name(function, called):
+    """The name of a function, by which worker processes find it. called: how, for errors, such as
+    "make_model(num_classes=..., in_channels=...)". Raises ConfigError."""
+    module, main = getattr(function, "__module__", None), sys.modules["__main__"]
+    name = getattr(function, "__qualname__", f"an object of the class {type(function).__name__}")
+    if not callable(function) or getattr(sys.modules.get(module), name, None) is not function:
+        raise ConfigError("it must be a function or class at the top level of a module, called as "
+                          f"{called}, not {name}")
+    if module == "__main__" and os.path.isfile(getattr(main, "__file__", "")):
+        # Of a script, which is a module elsewhere; it is not to be carried out again here.
+        script = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
+        if "." in script and not main.__spec__:
+            raise ConfigError(f"{name} is in {Path(main.__file__).name}, which cannot be "
+                              "imported: there must be no dot before .py")
+        if sys.modules.setdefault(script, main) is main:
+            module = script
+    return f"{module}:{name}"

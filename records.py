@@ -26,9 +26,11 @@ import numpy as np
 from errors import RunError
 
 FOR_PEOPLE = ("log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json",
-              "report.html", "tensorboard/*", "curves.*g", "losses.*g", "schedule.*g")
+              "report.html", "tensorboard/*", "curves.png", "curves.svg", "losses.png",
+              "losses.svg", "schedule.png", "schedule.svg")
 MARK, DIGITS = b"sha256:", 64  # the checksum follows the first mark
 BEHAVIOUR = "individual/correct"  # a tensor beside those of the state
+TRAINED = "individuals/" + 6 * "[0-9]" + "*.safetensors"
 
 
 class DamagedFile(RunError):
@@ -119,7 +121,7 @@ def sealed(content, indent=None):
 
 
 def unsealed(data, name):
-    """The dict that `sealed` wrote, or one without a checksum. Raises DamagedFile with the name."""
+    """The dict that `sealed` wrote, or one that has no checksum. Raises DamagedFile."""
     try:
         if (b'"checksum"' in data or MARK in data) and _stamped(data) != data:
             raise ValueError("its checksum does not match")
@@ -148,8 +150,8 @@ def save_individual(path, individual, state):
 
 
 def load_individual(path):
-    """(individual, state) as they were saved, apart from the order of names. Raises DamagedFile for
-    a missing file and for any other content; runs no code that a file may carry."""
+    """(individual, state) as saved, with names in another order. Raises DamagedFile for a missing
+    file or any other content. Runs no code."""
     import torch
     from safetensors.torch import load
 
@@ -161,7 +163,7 @@ def load_individual(path):
         about, state = json.loads(header["__metadata__"]["individual"]), load(data)
         individual = Individual(**about["record"], correct=state.pop(BEHAVIOUR).numpy())
         return individual, state | {n: torch.view_as_complex(state[n]) for n in about["complex"]}
-    except Exception as error:  # bytes with a right checksum can still raise anything
+    except Exception as error:  # whatever hostile bytes with a right checksum can raise
         reason = getattr(error, "strerror", None) or error
         raise DamagedFile(f"{path} is damaged or missing: {reason}") from error
 
@@ -183,7 +185,7 @@ class RunFolder:
         elif not overwrite and begun(path):
             raise RunError(f"{path} already holds a run: continue it with --resume, or start it "
                            "over with --overwrite")
-        elif not overwrite and (foreign := self._for_people()):
+        elif not overwrite and (foreign := self._files(*FOR_PEOPLE)):
             raise RunError(f"{path} holds {foreign[0].name}, and no run: choose another --out, or "
                            "have it replaced with --overwrite")
         with one_line(f"write to {path}"):
@@ -200,20 +202,22 @@ class RunFolder:
             raise
 
     def _restore(self):
-        """Read log and population. If the last generation is damaged, go back to the one before,
-        so that it is evaluated again from its parents."""
-        lines, problems = _lines(self.path), []
-        for closed in (lines, lines[:-1]):
+        """Read log and population. If the last generation is damaged, go back to the one before, so
+        that it is evaluated again from its parents."""
+        lines = _lines(self.path, "log.jsonl")
+        try:
+            self._read(lines)
+        except DamagedFile as error:
             try:
-                self.log = _read_lines(self.path, closed)
-                self.population = [self._load(m) for x in self.log[-1:] for m in x["population"]]
-                break
-            except DamagedFile as error:
-                problems.append(str(error))
-        else:
-            raise RunError(f"{self.path} cannot be resumed: {'; '.join(dict.fromkeys(problems))}")
-        for problem in problems:
-            print(f"{problem}; going back to the end of generation {len(closed)}", file=sys.stderr)
+                self._read(lines[:-1])
+            except DamagedFile as other:
+                both = dict.fromkeys((str(error), str(other)))
+                raise RunError(f"{self.path} cannot be resumed: {'; '.join(both)}") from error
+            print(f"{error}; going back to the end of generation {len(self.log)}", file=sys.stderr)
+
+    def _read(self, lines):
+        self.log = _unsealed_lines(self.path, lines)
+        self.population = [self._load(m) for line in self.log[-1:] for m in line["population"]]
 
     def _load(self, member):
         path = self.individual_path(member["id"])
@@ -235,16 +239,16 @@ class RunFolder:
 
     def begin(self):
         """Clear the run that this one replaces, or what an interruption left of this one. Call it
-        when nothing can keep the run from starting; at the latest the first `recall` does."""
+        unless `finished`, when nothing can keep the run from starting; `recall` does so too."""
         if self.began:
             return
         with one_line(f"write to {self.path}"):
             self.individuals.mkdir(exist_ok=True)
-            old = [*self.path.glob(".*.tmp"), *self.individuals.glob(".*.tmp")]
+            old = self._files(".*.tmp", "individuals/.*.tmp")
             if self.fresh:  # until config.json is replaced, the rest can go on as the old run
-                old += [*(self._for_people() if begun(self.path) else []), *self._trained()]
+                old += self._files(*(FOR_PEOPLE if begun(self.path) else ()), TRAINED)
             elif not self.finished:
-                old += self.path.glob("summary.json")
+                old += self._files("summary.json")
             for path in old:
                 path.unlink()
         if self.fresh:
@@ -256,11 +260,8 @@ class RunFolder:
     def close(self):
         self.lock.close()  # for the next run of this process
 
-    def _for_people(self):
-        return [path for name in FOR_PEOPLE for path in self.path.glob(name)]
-
-    def _trained(self):
-        return [p for p in self.individuals.glob("*.safetensors") if p.stem.isdigit()]
+    def _files(self, *patterns):
+        return [path for pattern in patterns for path in self.path.glob(pattern)]
 
     def individual_path(self, id):
         return self.individuals / f"{id:06d}.safetensors"
@@ -289,7 +290,7 @@ class RunFolder:
             self.log.append(line)
             self.population, self.clock = population, now
             needed = {member["id"] for line in self.log[-2:] for member in line["population"]}
-            for path in self._trained():
+            for path in self._files(TRAINED):
                 if int(path.stem) not in needed:
                     path.unlink()
 
@@ -303,7 +304,7 @@ class RunFolder:
 
 
 def begun(path):
-    """Whether a folder holds a run, if only its log, as published results do."""
+    """Whether a folder holds a run, if only its log."""
     return (Path(path) / "config.json").exists()
 
 
@@ -317,24 +318,24 @@ def read_config(path):
 
 
 def read_log(path):
-    """The closed generations of a run, a dict for each line of its log. Raises RunError."""
-    return _read_lines(path, _lines(path))
+    """The closed generations of a run: the lines of its log as dicts. Raises RunError."""
+    return _unsealed_lines(path, _lines(path, "log.jsonl"))
 
 
-def _lines(path, name="log.jsonl"):
-    """The whole lines in a file of a run; an interruption may have left half a line after them."""
+def _unsealed_lines(path, lines):
+    return [unsealed(line, f"line {i} of {path}/log.jsonl") for i, line in enumerate(lines, 1)]
+
+
+def _lines(path, name):
+    """The whole lines in a file of a run. An interruption can leave half a line after them."""
     file = Path(path) / name
     with one_line(f"read {file}"):
         data = file.read_bytes() if file.exists() else b""
     return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 
-def _read_lines(path, lines):
-    return [unsealed(line, f"line {i} of {path}/log.jsonl") for i, line in enumerate(lines, 1)]
-
-
 def refuse_differences(old, new, path):
-    """Raise RunError that names every setting in which a config differs from the folder's."""
+    """Raise RunError that names each setting which differs from the folder's config."""
     changed = [f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
                for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if changed:

@@ -1,24 +1,29 @@
-"""What a run leaves to a practitioner: its winner's schedule, as a small JSON file, and how to train by it.
+"""What a run leaves to a practitioner: its winner's schedule, in a small JSON file.
 
-The ancestry of the fittest individual (Sec. 5.3) is a sequence of losses, learning rates and momenta, one for each
-epoch that its weights were trained. `replay` trains one new network from scratch under that sequence.
+The ancestry of the fittest individual (Sec. 5.3) is a sequence of losses, learning rates and
+momenta, one for each epoch that its weights were trained. `replay` trains one new network from
+scratch under that sequence.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
 
-from errors import RunError, message
+from config import Config, flag
+from errors import ConfigError, RunError, message
 from records import Individual, fittest
 
 SCHEDULE = "schedule.json"
 NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
 # Fields of the run's config that a replay takes over.
 SHARED = ("dataset", "model", "batch_size", "add_cross_entropy", "image_size", "augmentation")
+# Fields whose place the schedule takes.
+DECIDED = "learning_rate", "lr_decay", "momentum", "weight_decay", "loss", "add_cross_entropy"
 
 
 def ancestry(log):
-    """Log records from the first ancestor to the fittest of the last generation, each once (Sec. 5.3)."""
+    """Log records from the first ancestor to the fittest of the last generation (Sec. 5.3)."""
     everyone = {member["id"]: member for line in log for member in line["population"]}
     line = [fittest(log[-1]["population"])]
     while line[-1]["parent"] is not None:
@@ -27,18 +32,18 @@ def ancestry(log):
 
 
 def schedule(config, data, log):
-    """The winner's schedule: the fields SHARED of its config, "plain_loss" (the loss where theta is None), "side" (the
-    lesser of height and width in pixels), "average_epochs" (over about how many the weights are averaged), and
-    "epochs": [{"learning_rate", "momentum", "weight_decay", "cutout", "theta": eight numbers, or None}, ...]."""
+    """The winner's schedule: the fields SHARED of its config, "plain_loss" (the loss where theta is
+    None), "side" (the lesser of height and width in pixels), "average_epochs" (over about how many
+    the weights are averaged), and "epochs": [{"learning_rate", "momentum", "weight_decay",
+    "cutout", "theta": eight numbers, or None}, ...]."""
     epochs = []
     for ancestor in ancestry(log):
         applied = ancestor["applied"]
-        epochs += [{"learning_rate": rate} | {name: applied[name] for name in (*NUMBERS[1:], "theta")}
-                   for rate in applied["learning_rate"]]
+        shared = {name: applied[name] for name in (*NUMBERS[1:], "theta")}
+        epochs += [{"learning_rate": rate} | shared for rate in applied["learning_rate"]]
     return {name: getattr(config, name) for name in SHARED} | {
-        "plain_loss": config.plain_loss,
-        "side": min(data.height, data.width), "average_epochs": config.average_weights * config.epochs,
-        "epochs": epochs}
+        "plain_loss": config.plain_loss, "side": min(data.height, data.width),
+        "average_epochs": config.average_weights * config.epochs, "epochs": epochs}
 
 
 def read_schedule(path):
@@ -49,40 +54,59 @@ def read_schedule(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         for epoch in found["epochs"]:
             numbers = [epoch[name] for name in NUMBERS] + (epoch["theta"] or [])
-            if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers) or min(numbers[:4]) < 0:
+            finite = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+            if not finite or min(numbers[:4]) < 0:
                 raise ValueError("an epoch has a number that is not finite, or a rate below 0")
             if len(numbers) not in (4, 12) or epoch["momentum"] > 1:
                 raise ValueError("an epoch has a momentum above 1, or not eight thetas")
-        if missing := [name for name in (*SHARED, "plain_loss", "side", "average_epochs") if name not in found]:
-            raise ValueError(f"{missing[0]} is missing")
+        for name in (*SHARED, "plain_loss", "side", "average_epochs"):
+            if name not in found:
+                raise ValueError(f"{name} is missing")
         if not found["epochs"]:
             raise ValueError("it has no epoch")
     except OSError as error:
-        raise RunError(f"cannot read {path}, the schedule of a finished run: {error.strerror}") from error
+        raise RunError(f"cannot read {path}, the schedule of a finished run: "
+                       f"{error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is not the schedule of a finished run ({type(error).__name__}: {message(error)})"
-                       ) from error
+        raise RunError(f"{path} is not the schedule of a finished run ({type(error).__name__}: "
+                       f"{message(error)})") from error
     return found
 
 
 def replay_config(path):
-    """{field: value} that a replay of this schedule begins with: one epoch a generation, as many as it has."""
+    """{field: value} that a replay of a schedule begins with: an epoch a generation, so many."""
     found = read_schedule(path)
+    evolved = any(epoch["theta"] for epoch in found["epochs"])
     return {name: found[name] for name in SHARED} | dict(
-        method="replay", replay=str(path), generations=len(found["epochs"]), epochs=1,
-        average_weights=found["average_epochs"], milestones=(), loss=found["plain_loss"])
+        method="replay", preset="paper", replay=str(path), epochs=1, milestones=(),
+        generations=len(found["epochs"]), average_weights=found["average_epochs"],
+        loss="taylorglo" if evolved else found["plain_loss"])
+
+
+def checked_schedule(config):
+    """The fingerprint of the schedule of a replay. Raises RunError for one that cannot be read, and
+    ConfigError where the config says otherwise than the schedule."""
+    decided = Config(**replay_config(config.replay) | {"dataset": config.dataset})
+    lines = [f"{flag(name)} is decided by the schedule of --replay: not {getattr(config, name)}"
+             for name in DECIDED if getattr(config, name) != getattr(decided, name)]
+    if lines:
+        raise ConfigError("\n".join(lines))
+    found = read_schedule(config.replay)
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def replay(config, space, data, workers, run):
-    """One new network under a schedule, which is stretched to this run's number of epochs. Each generation is trained
-    as the schedule is at its beginning. Cutouts keep their share of the image."""
+    """One new network under a schedule, which is stretched to this run's number of epochs. Each
+    generation is trained as the schedule is at its beginning. Cutouts keep their share of the
+    image."""
     recorded = read_schedule(config.replay)
     epochs, scale = recorded["epochs"], min(data.height, data.width) / recorded["side"]
     population = run.population
     for g in range(run.generations, config.generations):
         then = epochs[g * len(epochs) // config.generations]
-        h = dict(lr_scale=then["learning_rate"] / config.learning_rate, lr_decay=1.0, momentum=then["momentum"],
-                 weight_decay=then["weight_decay"], cutout=then["cutout"] * scale)
+        h = dict(lr_scale=then["learning_rate"] / config.learning_rate, lr_decay=1.0,
+                 momentum=then["momentum"], weight_decay=then["weight_decay"],
+                 cutout=then["cutout"] * scale)
         if then["theta"]:
             h |= {f"theta{i}": x for i, x in enumerate(then["theta"])}
         population = workers.evaluate([Individual(g, g, h, parent=g - 1 if g else None)])

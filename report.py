@@ -54,14 +54,15 @@ def readable(items):
 def outcome(run):
     """The fittest individual, what training applied to it, and the accounting of Sec. 5.2."""
     best, numbers = run.best[-1], run.numbers()
-    applied = {name: value for name, value in best.get("applied", {}).items() if name != "theta"}
-    if rates := applied.pop("learning_rate", []):
+    applied = {k: value for k, value in (best.get("applied") or {}).items() if k != "theta"}
+    if rates := applied.pop("learning_rate", None):
         applied["learning rate, in its last epoch"] = rates[-1]
     full, trained = numbers["full_training"], numbers["epochs_trained"]
     return {
         "fitness": f"{best['fitness']:.2%}", "test accuracy": f"{best['test_accuracy']:.2%}",
         "individual": f"{best['id']} (generation {best['generation']})",
-        "ancestors": len(run.ancestry()) - 1, **readable(applied | best["hyperparameters"]),
+        "ancestors": len(run.ancestry()) - 1,
+        **readable(best.get("scores", {}) | applied | best["hyperparameters"]),
         "losses or settings tried": f"{numbers['tried']:,}", "epochs trained": f"{trained:,}",
         "epochs to train one network in full under each": f"{full:,} ({full / trained:.1f} times)",
         "duration": f"{run.seconds / 60:.3g} minutes",

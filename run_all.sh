@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two doors for a newcomer, each of which does all the set-up:
-#   ./run_all.sh demo    Baseline 1, PBT, EPBT and its --preset best on scikit-learn's handwritten digits: a table, a picture
+#   ./run_all.sh demo    handwritten digits, clean and with 40% wrong labels: Baseline 1, PBT, EPBT; a table, a picture
 #   ./run_all.sh test    the tests
 #
 # The experiments of the paper, five seeds each. All can be stopped and called again: they go on where they were.
@@ -11,12 +11,16 @@
 #   ./run_all.sh figure6     learning rate and momentum, from the runs of figure 2
 #   ./run_all.sh ablations   EPBT on figure 2's data with one part taken out at a time, or put in
 #   ./run_all.sh practice    what as many networks for as long reach without evolution, and replayed schedules
-# Before any of them: SCALE=small runs it on the digits, three seeds; SEEDS="1 2" are its seeds.
-# Our own, on 2,000 images of Fashion-MNIST, an hour or two on two cores:
-#   ./run_all.sh fashion     Baseline 1, PBT, independent networks, EPBT, --preset best, and its schedules replayed
-#   ./run_all.sh digits      the digits with the paper's P = 40 and 25 generations of 8 epochs: an hour or two as well
+# Our own, on two cores:
+#   ./run_all.sh noise       the digits with 0, 20, 40 and 60% wrong labels: ten methods, ten seeds; half a day
+#   ./run_all.sh noise-fashion   4,000 images of Fashion-MNIST, 40% wrong labels; some hours
+#   ./run_all.sh scale       all of Fashion-MNIST, clean: Baseline 1, PBT, EPBT; some hours
+#   ./run_all.sh fashion     2,000 images of Fashion-MNIST: Baseline 1, PBT, independent networks, EPBT, --preset best
 #   ./run_all.sh preset      --preset best on seeds that were not used to choose it, and what each of its parts is worth
+#   ./run_all.sh digits      the digits with the paper's P = 40 and 25 generations of 8 epochs
 #   ./run_all.sh precision   Baseline 1 and --preset best in float32 beside bfloat16
+# Before any of them: SEEDS="1 2" are its seeds; SCALE=small runs the paper's on the digits; RESULTS=results writes the
+# tables, figures and logs into results/ in place of figures/.
 # After any of them:  --dry-run prints the commands and their cost and runs none.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -64,7 +68,7 @@ run() {  # run NAME SEED OPTIONS: one run, finished or gone on with; its folder 
         echo "$cost"
         return
     fi
-    if compgen -G "$folder/checkpoint-*" > /dev/null; then options+=(--resume); fi
+    if [ -e "$folder/config.json" ]; then options+=(--resume); fi
     $python epbt.py --out "$folder" --seed "$seed" "${options[@]}"
 }
 
@@ -73,60 +77,113 @@ experiment() {  # experiment NAME OPTIONS: one run a seed
     for seed in $seeds; do run "$scale/$1" "$seed" "${@:2}"; done
 }
 
-draw() {  # draw OUT NAME...: the tables and figures of these experiments
-    local folders=() name seed
-    for name in "${@:2}"; do for seed in $seeds; do folders+=("runs/$scale/$name-$seed"); done; done
-    if [ -z "$dry_run" ]; then $python figures.py --out "figures/$scale${1:+/$1}" "${folders[@]}"; fi
+draw() {  # draw FOLDER NAME...: tables, figures and logs of these experiments
+    local options=() name seed out=$1 command="./run_all.sh $section"
+    if [ "$scale" = small ]; then out=small-$1 command="SCALE=small $command"; fi
+    for name in ${against:-}; do options+=(--reference "$name"); done
+    for name in "${@:2}"; do for seed in $seeds; do options+=("runs/$scale/$name-$seed"); done; done
+    if [ -z "$dry_run" ]; then
+        $python figures.py --out "${RESULTS:-figures}/$out" --command "$command" "${options[@]}"
+    fi
 }
 
 demo() {
     scale=demo
     seeds=${SEEDS:-1}
-    experiment baseline --method baseline --dataset digits --threads 1
-    experiment pbt      --method pbt --dataset digits --threads 1
-    experiment epbt     --method epbt --dataset digits --threads 1
-    experiment best     --method epbt --dataset digits --threads 1 --preset best
-    draw "" baseline pbt epbt best
+    local share names=()
+    for share in 0 0.4; do
+        for method in baseline pbt epbt; do
+            experiment $method-$share --method $method --dataset digits --threads 1 --label-noise $share
+            names+=($method-$share)
+        done
+    done
+    draw demo "${names[@]}"
 }
 
-figure2_runs() { for method in baseline pbt epbt; do experiment figure2-$method --method $method $first; done; }
-figure2_names="figure2-baseline figure2-pbt figure2-epbt"
+noise_runs() {  # noise_runs SHARE OPTIONS: the methods on one data set with a share of wrong labels
+    local share=$1 options=(--threads 1 --label-noise "$@")
+    experiment baseline-$share       --method baseline "${options[@]}"
+    experiment early-stopping-$share --method baseline "${options[@]}" --early-stopping
+    experiment gce-$share            --method baseline "${options[@]}" --loss generalized-cross-entropy
+    experiment gce-early-stopping-$share --method baseline "${options[@]}" --loss generalized-cross-entropy --early-stopping
+    experiment label-smoothing-$share --method baseline "${options[@]}" --loss label-smoothing
+    experiment pbt-$share            --method pbt "${options[@]}"
+    experiment epbt-$share           --method epbt "${options[@]}"
+    experiment epbt-cross-entropy-$share --method epbt "${options[@]}" --loss cross-entropy
+    experiment epbt-published-$share --method epbt "${options[@]}" --preset paper
+    replays replay-$share epbt-$share "${options[@]}"
+}
+noise_rows="baseline early-stopping gce gce-early-stopping label-smoothing pbt epbt epbt-cross-entropy epbt-published replay"
+
+noise() {  # seeds 1 to 10 chose: docs/choices.md
+    local share row names=()
+    scale=noise seeds=${SEEDS:-11 12 13 14 15 16 17 18 19 20}
+    for share in 0.4 0 0.2 0.6; do
+        noise_runs $share --dataset digits
+        for row in $noise_rows; do names+=($row-$share); done
+    done
+    against="epbt" draw noise "${names[@]}"
+}
+
+noise_fashion() {
+    local data="--dataset fashion --download --limit 4000 --validation 0.1 --batch-size 32 --augmentation none --precision bfloat16"
+    scale=noise-fashion seeds=${SEEDS:-11 12 13 14 15}
+    data+=" --population 12 --generations 15 --epochs 4 --threads 1 --label-noise 0.4"
+    experiment baseline-0.4           --method baseline $data
+    experiment gce-early-stopping-0.4 --method baseline $data --loss generalized-cross-entropy --early-stopping
+    experiment epbt-0.4               --method epbt $data
+    experiment epbt-cross-entropy-0.4 --method epbt $data --loss cross-entropy
+    experiment pbt-0.4                --method pbt $data
+    against="epbt" draw noise-fashion baseline-0.4 gce-early-stopping-0.4 pbt-0.4 epbt-0.4 epbt-cross-entropy-0.4
+}
+
+scale() {
+    local data="--dataset fashion --download --generations 25 --epochs 1 --population 8 --precision bfloat16 --threads 1"
+    scale=scale seeds=${SEEDS:-1}
+    experiment baseline       --method baseline $data
+    experiment epbt           --method epbt $data
+    experiment epbt-published --method epbt $data --preset paper
+    experiment pbt            --method pbt $data
+    draw scale baseline pbt epbt epbt-published
+}
+
+figure2_runs() { for method in baseline pbt epbt; do experiment figure2/$method --method $method $first; done; }
+figure2_names="figure2/baseline figure2/pbt figure2/epbt"
 figure2() { figure2_runs; draw figure2 $figure2_names; }
 
-figure3_names=$(for model in $wide; do echo figure3-baseline-$model figure3-epbt-$model; done)
+figure3_names=$(for model in $wide; do echo figure3/$model/baseline figure3/$model/epbt; done)
 figure3_runs() {
     local model method
     for model in $wide; do
         for method in baseline epbt; do
-            experiment figure3-$method-$model --method $method $wide_data --model $model
+            experiment figure3/$model/$method --method $method $wide_data --model $model
         done
     done
 }
 figure3() { figure3_runs; draw figure3 $figure3_names; }
 
-figure4_runs() { for method in baseline epbt; do experiment figure4-$method --method $method $second; done; }
-figure4_names="figure4-baseline figure4-epbt"
+figure4_runs() { for method in baseline epbt; do experiment figure4/$method --method $method $second; done; }
+figure4_names="figure4/baseline figure4/epbt"
 figure4() { figure4_runs; draw figure4 $figure4_names; }
 
 tables() { figure2_runs; figure3_runs; figure4_runs; draw "$1" $figure2_names $figure3_names $figure4_names; }
 
-figure5() { experiment figure2-epbt --method epbt $first; draw figure5 figure2-epbt; }
-figure6() { experiment figure2-epbt --method epbt $first; draw figure6 figure2-epbt; }
+figure5() { experiment figure2/epbt --method epbt $first; draw figure5 figure2/epbt; }
+figure6() { experiment figure2/epbt --method epbt $first; draw figure6 figure2/epbt; }
 
 ablations() {
-    experiment figure2-epbt           --method epbt $first
+    experiment figure2/epbt           --method epbt $first
     experiment without-novelty        --method epbt $first --novelty off
     experiment without-pulsation      --method epbt $first --novelty always
     experiment without-distillation   --method epbt $first --distillation 0
     experiment without-crossover      --method epbt $first --crossover 0
     experiment without-taylorglo      --method epbt $first --loss cross-entropy
-    experiment with-viable-init       --method epbt $first --viable-init
-    experiment with-normalized-loss   --method epbt $first --viable-init --normalize-loss
+    experiment with-known-losses      --method epbt $first --known-losses 2
     experiment with-cross-entropy     --method epbt $first --add-cross-entropy
-    experiment with-averaged-weights  --method epbt $first --average-weights
+    experiment with-averaged-weights  --method epbt $first --average-weights 1
     experiment best                   --method epbt $first --preset best
-    draw ablations figure2-epbt without-novelty without-pulsation without-distillation without-crossover \
-        without-taylorglo with-viable-init with-normalized-loss with-cross-entropy with-averaged-weights best
+    draw ablations figure2/epbt without-novelty without-pulsation without-distillation without-crossover \
+        without-taylorglo with-known-losses with-cross-entropy with-averaged-weights best
 }
 
 replays() {  # replays NAME RUN OPTIONS: one network by the schedule that each run of RUN evolved
@@ -143,11 +200,11 @@ replays() {  # replays NAME RUN OPTIONS: one network by the schedule that each r
 }
 
 practice() {
-    experiment figure2-baseline --method baseline $first
+    experiment figure2/baseline --method baseline $first
     experiment random           --method random $first
     experiment best             --method epbt $first --preset best
     replays replay best $first
-    draw practice figure2-baseline random best replay
+    draw practice figure2/baseline random best replay
 }
 
 fashion_data="--dataset fashion --download --limit 2000 --validation 200 --generations 8 --epochs 3 --precision bfloat16 --threads 1"
@@ -171,14 +228,14 @@ preset() {
     local best="--method epbt $fashion_data --preset best"
     seeds=${SEEDS:-6 7 8 9 10}
     fashion_runs
-    experiment baseline-averaged  --method baseline $fashion_data --average-weights --milestones
-    experiment random-averaged    --method random $fashion_data --average-weights --milestones
+    experiment baseline-averaged  --method baseline $fashion_data --average-weights 1 --milestones
+    experiment random-averaged    --method random $fashion_data --average-weights 1 --milestones
     experiment best-cross-entropy $best --loss cross-entropy
     experiment best-eq2-alone     $best --no-add-cross-entropy
-    experiment best-last-weights  $best --no-average-weights
+    experiment best-last-weights  $best --average-weights 0
     experiment best-decay         $best --milestones 0.3 0.6 0.8
     experiment best-fixed-cutout  $best --no-evolve-cutout
-    draw preset baseline pbt best replay baseline-averaged random-averaged best-cross-entropy best-eq2-alone \
+    against="best baseline" draw preset baseline pbt best replay baseline-averaged random-averaged best-cross-entropy best-eq2-alone \
         best-last-weights best-decay best-fixed-cutout
 }
 
@@ -189,7 +246,7 @@ precision() {
     experiment baseline-float32 --method baseline $fashion_data --precision float32
     experiment best             --method epbt $fashion_data --preset best
     experiment best-float32     --method epbt $fashion_data --preset best --precision float32
-    draw precision baseline baseline-float32 best best-float32
+    against="baseline best" draw precision baseline baseline-float32 best best-float32
 }
 
 digits() {
@@ -199,14 +256,16 @@ digits() {
     experiment epbt     --method epbt $protocol
     experiment best     --method epbt $protocol --preset best
     experiment pbt      --method pbt $protocol
-    draw "" baseline epbt best pbt
+    draw digits baseline epbt best pbt
 }
 
 case $section in
     demo) setup; demo ;;
     test) setup; $python -m pytest -q "${@:2}" ;;
     lint) setup; $python -m ruff check . ;;
-    figure2|figure3|figure4|figure5|figure6|ablations|practice|fashion|preset|precision|digits) setup; $section ;;
+    figure2|figure3|figure4|figure5|figure6|ablations|practice|fashion|preset|precision|digits|noise|scale)
+        setup; $section ;;
+    noise-fashion) setup; noise_fashion ;;
     table1|table2) setup; tables $section ;;
     all) setup; tables table1; figure5; figure6; ablations; practice ;;
     *) sed -n '2,/^set -/{/^set -/!s/^# \{0,1\}//p}' "$0"; exit 2 ;;

@@ -21,15 +21,6 @@ from tabulate import tabulate
 from records import RunError, fittest, read_config, read_log
 
 BASELINES = ("baseline", "pbt", "random")  # methods; Sec. 4.1
-PAPER = {  # mean (sd) in %, and the epoch at which EPBT passes it
-    "cifar10, resnet32": "Baseline 1 92.42 (0.21), epoch 168; PBT 91.53 (0.56), epoch 128; "
-                         "EPBT 92.79 (0.15)",
-    "cifar10, wrn-10-12": "Baseline 1 94.18 (0.09), epoch 168; EPBT 94.38 (0.14)",
-    "cifar10, wrn-16-8": "Baseline 1 95.66 (0.13), epoch 168; EPBT 95.79 (0.08)",
-    "cifar10, wrn-22-6": "Baseline 1 95.87 (0.18), epoch 176; EPBT 96.05 (0.09)",
-    "cifar10, wrn-28-5": "Baseline 1 95.95 (0.07), epoch 184; EPBT 96.02 (0.12)",
-    "svhn, resnet32": "Baseline 1 97.81 (0.04), epoch 21; EPBT 98.08 (0.08)",
-}
 # What the runs of a row may differ in: the seed, what follows from it, and the machine.
 FREE = set("seed data replay device threads loss_backend workers backend ray_address no_graphs out "
            "data_root download resume overwrite tensorboard plan".split())
@@ -52,7 +43,8 @@ class Run:
         self.seed, self.noise = config["seed"], config.get("label_noise") or 0
         self.row = re.sub(rf"(-{re.escape(f'{self.noise:g}')})?-{self.seed}$", "", name) or name
         self.problem = printable(f"{config['dataset']}, {config['model']}")
-        self.best = [fittest(line["population"]) for line in self.log]  # of each generation
+        fittest_ones = [fittest(line["population"]) for line in self.log]  # of each generation
+        self.best = [m.get("scores", {}) | m for m in fittest_ones]
         self.epochs = [(line["generation"] + 1) * config["epochs"] for line in self.log]
         self.total_epochs = config["generations"] * config["epochs"]
         self.finished = len(self.log) >= config["generations"]
@@ -164,7 +156,8 @@ def table(header, lines):
 def mean_sd(values):
     if not values:
         return "-"
-    return f"{fmean(values):.2f} ({stdev(values) if len(values) > 1 else 0:.2f}; {len(values)})"
+    sd = f"{stdev(values):.2f}" if len(values) > 1 else "-"
+    return f"{fmean(values):.2f} ({sd}; {len(values)})"
 
 
 def paired(runs, others):
@@ -192,8 +185,9 @@ def table1(levels, references):
     for noise, rows in levels.items():
         header += [f"accuracy{noisy(noise)}", *(f"against {name}" for name in references)]
         for name, line in lines.items():
-            line.append(mean_sd(list(final(rows.get(name, [])).values())))
-            line += [paired(rows.get(name, []), rows.get(other, [])) for other in references]
+            runs = rows.get(name, [])
+            line += [mean_sd([*final(runs).values()]),
+                     *(paired(runs, rows.get(other, [])) for other in references)]
     for name, line in lines.items():
         runs = [run for rows in levels.values() for run in shown(rows.get(name, []))]
         line.append(f"{fmean(run.numbers()['epochs_trained'] for run in runs):,.0f}")
@@ -228,8 +222,6 @@ def tables(problems, references=()):
                   "Differences are over the common seeds, with a two-sided paired t-test. The "
                   "epochs are those that all networks of a run trained.",
                   table1(levels, references or list(rows)[: len(rows) > 1])]
-        if problem in PAPER and 0 in levels:
-            parts.append(f"In the paper, five seeds: {PAPER[problem]}.")
         for noise, level in levels.items():
             if text := table2(level):
                 parts += [f"Table 2{noisy(noise)}. Epochs of training after which EPBT's mean "

@@ -13,11 +13,12 @@ import torch
 from augmentation import draw_augmentation, make_batch, normalize
 from data import ImageSet
 from errors import RunError
-from evolution import first_step, random_stream
+from evolution import random_stream
+from metrics import measured
 from models import make_model, random_states_kept, seed_numpy_and_python
 from records import Individual, finite_or_none, load_individual, save_individual
 from settings import settings
-from taylorglo_ext import PLAIN_LOSSES, TaylorGLOLoss
+from taylorglo_ext import PLAIN_LOSSES, TaylorGLOLoss, loss_and_gradient
 
 EVALUATION_BATCH = 500  # at most
 # What training applies: evolved, or Config.fixed's where it is not.
@@ -39,7 +40,8 @@ class Network:
     """A model on its device with the momentum of its SGD: all that a child inherits (Sec. 3.2)."""
 
     def __init__(self, model, device, layout):
-        self.model = model.to(device)
+        model.to(device)  # and what it returns is its own affair
+        self.model = model
         if layout == "channels-last":
             for p in model.parameters():
                 if p.ndim == 4:
@@ -153,7 +155,7 @@ class Trainer:
         self.alpha.fill_(task.alpha)
         self.theta = None
         if self.has_theta:
-            self.theta = scaled_theta(h, self.config.normalize_loss, self.data.num_classes)
+            self.theta = np.array([h[f"theta{i}"] for i in range(8)])
             self.taylorglo.theta.copy_(torch.from_numpy(self.theta))
         task.individual.applied = dict(
             learning_rate=[], theta=None if self.theta is None else [float(x) for x in self.theta],
@@ -241,10 +243,10 @@ class Trainer:
         if self.distilled:
             with torch.no_grad():  # a copy, since a model may change its input in place
                 teacher_logits = self.logits(self.teacher.model, images.clone())
-        loss = self.loss(self.logits(self.network.model, images), data.train.labels[index], teacher_logits)
+        logits = self.logits(self.network.model, images)
         for p in self.network.model.parameters():
             p.grad = None
-        loss.backward()
+        loss = self.backward(logits, data.train.labels[index], teacher_logits)
         self.sgd()
         self.total_loss.add_(loss.detach())
         if self.config.average_weights:
@@ -266,11 +268,17 @@ class Trainer:
                              f"not {found}")
         return logits.float()
 
-    def loss(self, logits, labels, teacher_logits):
-        """Eq. 2 with Eq. 3 inside, or a plain loss where theta is not among the hyperparameters."""
+    def backward(self, logits, labels, teacher_logits):
+        """Eq. 2 with Eq. 3 inside, or a plain loss where theta is not among the hyperparameters; and its gradients."""
         alpha = None if teacher_logits is None else self.alpha
-        loss = self.taylorglo if self.has_theta else PLAIN_LOSSES[self.config.plain_loss]
-        return loss(logits, labels, teacher_logits, alpha)
+        if self.has_theta and not self.config.add_cross_entropy:
+            loss, gradient = loss_and_gradient(logits, labels, self.taylorglo.theta, teacher_logits, alpha)
+            logits.backward(gradient)
+        else:
+            loss = self.taylorglo if self.has_theta else PLAIN_LOSSES[self.config.plain_loss]
+            loss = loss(logits, labels, teacher_logits, alpha)
+            loss.backward()
+        return loss
 
     def sgd(self):
         self.optimizer.step()
@@ -300,8 +308,11 @@ class Trainer:
         finite = individual.loss is not None and np.isfinite(logits).all() and all_finite(state)
         individual.diverged = not finite
         individual.correct = (logits.argmax(1) == self.validation.labels) & finite
-        individual.fitness = float(individual.correct.mean())
+        individual.fitness = self.validation.measured(logits) if finite else 0.0
         individual.test_accuracy = self.test.accuracy()
+        if self.config.fitness != "accuracy":
+            individual.scores.update(validation_accuracy=float(individual.correct.mean()),
+                                     test_fitness=self.test.measured(self.test.logits()))
         if self.mislabelled is not None:  # the share of the wrong labels that it has learned by heart
             individual.scores["memorised"] = self.mislabelled.accuracy()
 
@@ -325,6 +336,10 @@ class Classifier:
 
     def accuracy(self):
         return float((self.logits().argmax(1) == self.labels).mean())
+
+    def measured(self, logits):
+        """The metric that is the fitness."""
+        return measured(self.trainer.config.fitness, torch.from_numpy(logits), torch.from_numpy(self.labels))
 
     def logits(self):
         """Of all images, a NumPy array (N, classes) float32."""
@@ -353,15 +368,3 @@ def learning_rate(h, epoch, config):
     """The rate in an epoch of the whole run: learning_rate * scale / decay^(milestones passed), Sec. 4.1."""
     passed = sum(epoch >= round(share * config.generations * config.epochs) for share in config.milestones)
     return config.learning_rate * h["lr_scale"] / h["lr_decay"] ** passed
-
-
-def scaled_theta(h, normalize_loss, num_classes):
-    """theta as the loss takes it. With normalize_loss (not in the paper), Eq. 2 is multiplied by the factor that
-    makes its first step as large as that of cross-entropy.
-
-    At the uniform prediction y = 1/n, dL/dz of the true class is -(1/n) y (1 - y) first_step(theta), and that of
-    cross-entropy is -(1 - y). The sign stays, and the floor keeps a loss that hardly moves from exploding."""
-    theta = np.array([h[f"theta{i}"] for i in range(8)])
-    if normalize_loss:
-        theta[2:] *= num_classes**2 / max(abs(first_step(theta, num_classes)), 1e-2)
-    return theta

@@ -14,7 +14,7 @@ from torch import nn
 
 from data import ImageSet
 from errors import ConfigError, message
-from models import make_model, random_states_kept
+from models import random_states_kept
 from records import Individual
 from settings import settings
 from training import Classifier, Task, Trainer, named_tensors, plain_attributes
@@ -35,6 +35,8 @@ def tried(config, data, say):
                 try_model(replace(config, device="cpu", layout=layout), data)
         except Refusal as error:
             raise ConfigError(f"--model {config.model}: {error}") from error
+        except ConfigError:
+            raise
         except Exception as error:  # whatever the user's model raises
             errors.append(error)
             continue
@@ -59,7 +61,8 @@ def try_model(config, data):
     some = ImageSet(data.test.images[:2], data.test.labels[:2])
     data = replace(data, validation=some, test=some, train_clean=None,
                    train=ImageSet(data.train.images[rows], data.train.labels[rows]))
-    config = replace(config, batch_size=batch, epochs=1, generations=2, milestones=())
+    config = replace(config, batch_size=batch, epochs=1, generations=2, milestones=(),
+                     fitness="accuracy")
     trainer = Trainer(config, data)
     refuse_shared(trainer)
     with tempfile.TemporaryDirectory() as folder:
@@ -111,9 +114,8 @@ def refuse_changes(trainer):
 @torch.no_grad()
 def refuse_hidden_state(trainer, image_set):
     """Raise Refusal if a new model with the trained one's state_dict gives other logits."""
-    model, config = trainer.network.model, trainer.config
-    delivered = make_model(config.model, trainer.data.num_classes, trainer.data.channels,
-                           SEED_OF_ANOTHER)
+    # Laid out in memory alike, since other layouts round otherwise.
+    model, delivered = trainer.network.model, trainer.new_network(SEED_OF_ANOTHER).model
     usual = plain_attributes(delivered)
     changed = [n for n, value in plain_attributes(model).items() if usual.get(n) != value]
     delivered.load_state_dict(model.state_dict())

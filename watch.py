@@ -46,7 +46,7 @@ def scalars(population):
               "fitness/worst": min(fitness), TEST: best["test_accuracy"],
               "population/diverged": sum(m["diverged"] for m in population),
               "population/evaluations": 1 + max(m["id"] for m in population)}
-    applied = best["applied"] | {"training_loss": best["loss"], "memorised": best.get("memorised")}
+    applied = best["applied"] | {"training_loss": best["loss"]} | best.get("scores", {})
     values |= {f"theta/theta{i}": x for i, x in enumerate(applied.pop("theta") or ())}
-    applied["learning_rate"] = applied["learning_rate"][-1]  # of its last epoch
+    applied["learning_rate"] = (applied["learning_rate"] or [None])[-1]  # of its last epoch
     return values | {f"fittest/{name}": x for name, x in applied.items() if x is not None}

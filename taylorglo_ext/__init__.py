@@ -1,31 +1,31 @@
-"""The TaylorGLO loss of Eq. 2 with the distilled labels of Eq. 3, forward and gradient in one pass, on CPU and CUDA.
-
-In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTION (the softmax of the logits); this is the
-reverse of the usual habit. n is the number of classes.
-"""
+"""The TaylorGLO loss of Eq. 2 with the distilled labels of Eq. 3, and its gradient, in one pass."""
 
 import warnings
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .build import BackendError, load_library
-from .plain import generalized_cross_entropy, label_smoothing
-from .reference import check_inputs, check_labels, reference_loss, widen
+from .plain import distilled_cross_entropy, generalized_cross_entropy, label_smoothing
+from .reference import REDUCTIONS, THETA_DTYPES, accumulate_dtype
+from .reference import check_inputs, check_labels, reference_loss
 
-__all__ = ["PLAIN_LOSSES", "BackendError", "TaylorGLOLoss", "distilled_cross_entropy", "load", "losses", "taylorglo_loss"]
+__all__ = [
+    "PLAIN_LOSSES", "BackendError", "TaylorGLOLoss", "distilled_cross_entropy", "generalized_cross_entropy",
+    "label_smoothing", "load", "loss_and_gradient", "losses", "taylorglo_loss",
+]  # fmt: skip
 
 _in_use: dict[str, str] = {}  # device type -> the backend that load() chose for it
 
 
 def load(backend: str = "auto", device: str = "cpu") -> str:
-    """Choose the backend of :func:`taylorglo_loss` on one type of device, and return it: "fused" or "reference".
+    """Choose the backend of the loss on one type of device; return it: "fused" or "reference".
 
-    "fused" builds the C++ (and for "cuda" the CUDA) operator, or takes it from the cache, and raises BackendError where
-    that fails; "auto" then warns once and uses the reference. Call it once before worker processes start, and in each
-    worker with the answer. Without a call, the first loss on a device does ``load("auto", device)``.
+    "fused" builds the C++ (and for "cuda" the CUDA) operator, or takes it from the cache, and
+    raises BackendError where that fails; "auto" then warns once and uses the reference. Call it
+    once before worker processes start, and in each worker with the answer. Without a call, the
+    first loss on a device does ``load("auto", device)``.
     """
     if backend not in ("auto", "fused", "reference"):
         raise ValueError(f"backend: expected 'auto', 'fused' or 'reference', got {backend!r}")
@@ -49,81 +49,151 @@ def _backend(device: str) -> str:
     return _in_use.get(device) or load("auto", device)
 
 
-# torch.compiler.assume_constant_result does this alone, but imports torch._dynamo for it: a second, in every process.
+# torch.compiler.assume_constant_result does only this, but takes a second to import torch._dynamo.
 _backend._dynamo_marked_constant = True
 
 
 def taylorglo_loss(
-    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor | None = None
-) -> Tensor:
-    """The mean over the batch of Eq. 2 between labels x and predictions y = softmax(logits).
+    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None = None,
+    alpha: float | Tensor | None = None, *, ignore_index: int | None = -100,
+    reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """Eq. 2 between labels x and predictions y = softmax(logits), in place of ``F.cross_entropy``.
 
     Args:
-        logits: (B, C), C >= 1, float64, float32, float16 or bfloat16. Nothing else receives a gradient, and there is
-            no second derivative.
-        labels: (B,) int64 in [0, C). On the CPU another value raises ValueError; on CUDA it makes the loss NaN.
+        logits: (B, C) or (B, C, d1, ...), C >= 1, float64, float32, float16 or bfloat16. Nothing
+            else receives a gradient, and the fused backend has no second derivative.
+        labels: (B,) or (B, d1, ...) int64 in [0, C), or ignore_index. On the CPU another value
+            raises ValueError; on CUDA it makes the loss NaN.
         theta: (8,) float32 or float64 on the device of the logits, the parameters of Eq. 2.
-        teacher_logits: like logits, or None. With it, Eq. 3: x = alpha softmax(teacher) + (1 - alpha) one-hot.
-        alpha: with a teacher only: a number in [0, 1], or a 0-d float32 or float64 tensor on the device of the logits.
+        teacher_logits: like logits, or None. With it x is
+            alpha softmax(teacher) + (1 - alpha) one-hot, Eq. 3.
+        alpha: with a teacher only: a number in [0, 1], or a 0-d float32 or float64 tensor on the
+            device of the logits.
+        ignore_index: predictions with this label do not count; None: all do.
+        reduction: "mean" over those that count, "sum", or "none".
 
     Returns:
-        A 0-d tensor, float64 for float64 logits and float32 otherwise; NaN for an empty batch, and for logits whose
-        softmax is NaN.
+        A 0-d tensor, or one like labels; float64 for float64 logits, else float32. NaN for the mean
+        of nothing, and for logits whose softmax is NaN.
 
     Raises:
-        TypeError, ValueError: a wrong dtype; a wrong shape, device or value. The message names the argument.
+        TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the
+            argument.
     """
-    if _backend("cuda" if logits.is_cuda else "cpu") == "fused":
-        if alpha is None or isinstance(alpha, Tensor):
-            return torch.ops.taylorglo.loss.default(logits, labels, theta, teacher_logits, alpha, None)
-        return torch.ops.taylorglo.loss.default(logits, labels, theta, teacher_logits, None, alpha)
-    if torch.is_autocast_enabled(logits.device.type):  # as the fused operator, and as every loss
-        logits, teacher_logits = widen(logits), widen(teacher_logits)
-    check_inputs(logits, labels, theta, teacher_logits, alpha)
+    given = logits, labels, theta, teacher_logits, alpha
+    try:
+        if teacher_logits is not None and torch.is_autocast_enabled(logits.device.type):
+            # As in any loss under autocast, the two may differ in dtype.
+            both = logits, teacher_logits
+            logits, teacher_logits = (t.to(accumulate_dtype(t.dtype)) for t in both)
+        if labels.dim() == 1:
+            rest = theta, teacher_logits, alpha, ignore_index, reduction
+            return _loss(logits, labels, *rest)
+        check_inputs(logits, labels, theta, teacher_logits, alpha, reduction)
+        teacher_logits = None if teacher_logits is None else _rows(teacher_logits)
+        rest = theta, teacher_logits, alpha, ignore_index, reduction
+        loss = _loss(_rows(logits), labels.reshape(-1), *rest)
+        return loss.reshape(labels.shape) if reduction == "none" else loss
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        check_inputs(*given, reduction)  # says what was wrong, and takes no time of a good call
+        raise
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])  # (B, C, d1, ...) to (B d1 ..., C)
+
+
+def _loss(logits, labels, theta, teacher_logits, alpha, ignore_index, reduction) -> Tensor:
+    if _backend(logits.device.type) == "fused":
+        options = ignore_index, REDUCTIONS.index(reduction)
+        operator = torch.ops.taylorglo.loss.default
+        return operator(logits, labels, theta, teacher_logits, *_alpha(alpha), *options)
+    check_inputs(logits, labels, theta, teacher_logits, alpha, reduction)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(labels, logits.shape[1])
-    return reference_loss(logits, labels, theta, teacher_logits, alpha)
+        check_labels(labels, logits.shape[1], ignore_index)
+    return reference_loss(logits, labels, theta, teacher_logits, alpha, ignore_index, reduction)
+
+
+def _alpha(alpha: float | Tensor | None) -> tuple[Tensor | None, float | None]:
+    return (alpha, None) if isinstance(alpha, Tensor) else (None, alpha)
+
+
+def loss_and_gradient(
+    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None = None,
+    alpha: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`taylorglo_loss` of logits (B, C), and its gradient for them, outside autograd.
+
+    A training step goes on with ``logits.backward(gradient)``, without a GPU's launches between
+    loss and logits. Every label counts. The gradient is like the logits, but float32 for float16,
+    so that it can be scaled before it is rounded.
+    """
+    try:
+        logits = logits.detach()
+        if _backend(logits.device.type) == "fused":
+            operator = torch.ops.taylorglo.loss_and_gradient.default
+            return operator(logits, labels, theta, teacher_logits, *_alpha(alpha))
+        check_inputs(logits, labels, theta, teacher_logits, alpha)
+        if logits.dtype == torch.float16:
+            logits = logits.float()
+            teacher_logits = None if teacher_logits is None else teacher_logits.float()
+        logits.requires_grad_()
+        with torch.enable_grad():
+            loss = _loss(logits, labels, theta, teacher_logits, alpha, None, "mean")
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        check_inputs(logits, labels, theta, teacher_logits, alpha)
+        raise
 
 
 class TaylorGLOLoss(nn.Module):
-    """:func:`taylorglo_loss` in the place of ``nn.CrossEntropyLoss``; theta is a float32 buffer and is not trained.
+    """:func:`taylorglo_loss` in place of ``nn.CrossEntropyLoss``; theta is a buffer, not trained.
 
-    With add_cross_entropy (not in the paper) it is added to the loss, with the labels of Eq. 3 where there is a teacher.
+    With add_cross_entropy (not in the paper) that is added, with the labels of Eq. 3 where there is
+    a teacher.
     """
 
-    def __init__(self, theta: Sequence[float] | Tensor, add_cross_entropy: bool = False):
+    def __init__(
+        self, theta: Sequence[float] | Tensor, add_cross_entropy: bool = False, *,
+        ignore_index: int | None = -100, reduction: str = "mean",
+    ):  # fmt: skip
         super().__init__()
         self.add_cross_entropy = add_cross_entropy
+        self.options = {"ignore_index": ignore_index, "reduction": reduction}
         self.register_buffer("theta", torch.as_tensor(theta, dtype=torch.float32).detach().clone())
         if self.theta.shape != (8,):
             raise ValueError(f"theta: expected 8 numbers, got shape {tuple(self.theta.shape)}")
 
+    def _apply(self, fn, recurse=True):  # model.half() leaves theta as it is
+        exact = self.theta
+        super()._apply(fn, recurse)
+        if self.theta.dtype not in THETA_DTYPES:
+            self.theta = exact.to(self.theta.device)
+        return self
+
+    @torch.jit.unused
     def forward(
-        self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor | None = None
-    ) -> Tensor:
-        loss = taylorglo_loss(logits, labels, self.theta, teacher_logits, alpha)
+        self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        cast = self.theta.dtype not in THETA_DTYPES  # by who casts buffers without _apply
+        theta = self.theta.float() if cast else self.theta
+        loss = taylorglo_loss(logits, labels, theta, teacher_logits, alpha, **self.options)
         if self.add_cross_entropy:
-            loss = loss + distilled_cross_entropy(logits, labels, teacher_logits, alpha)
+            given = logits, labels, teacher_logits, alpha
+            loss = loss + distilled_cross_entropy(*given, **self.options)
         return loss
 
 
-def distilled_cross_entropy(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor | None = None
-) -> Tensor:
-    """Cross-entropy, with the labels of Eq. 3 where there is a teacher. Arguments as for :func:`taylorglo_loss`."""
-    if teacher_logits is not None:
-        alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
-        labels = alpha * teacher_logits.detach().softmax(dim=1) + (1 - alpha) * F.one_hot(labels, logits.shape[1])
-    return F.cross_entropy(logits, labels)
-
-
 # By the names that --loss and schedules have for them.
-PLAIN_LOSSES = {"cross-entropy": distilled_cross_entropy, "generalized-cross-entropy": generalized_cross_entropy,
+PLAIN_LOSSES = {"cross-entropy": distilled_cross_entropy,
+                "generalized-cross-entropy": generalized_cross_entropy,
                 "label-smoothing": label_smoothing}
 
 
 def losses(schedule: dict) -> list:
-    """The loss of each epoch of a run's schedule.json, as ``json.load`` gives it: called as ``loss(logits, labels)``."""
-    plain = PLAIN_LOSSES[schedule["plain_loss"]]
-    return [plain if epoch["theta"] is None else TaylorGLOLoss(epoch["theta"], schedule["add_cross_entropy"])
-            for epoch in schedule["epochs"]]
+    """The losses of the epochs of a schedule.json, called as ``loss(logits, labels)``."""
+    plain, add = PLAIN_LOSSES[schedule["plain_loss"]], schedule["add_cross_entropy"]
+    thetas = [epoch["theta"] for epoch in schedule["epochs"]]
+    return [plain if t is None else TaylorGLOLoss(t, add) for t in thetas]

@@ -1,7 +1,7 @@
 """Builds the fused operator just in time, once per machine, and loads it.
 
-A build runs in a folder of its own, and the library is renamed into the cache only when it is complete, under a lock that
-the operating system drops with its process. So a build that was killed leaves nothing that the next one would wait for.
+A build has a folder of its own and a lock that the operating system drops with its process, and the
+library goes into the cache when it is complete. So a killed build leaves nothing to wait for.
 """
 
 import contextlib
@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 
 SOURCES = {"cpu": ("taylorglo.cpp",), "cuda": ("taylorglo_cuda.cpp", "taylorglo.cu")}
-HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "inputs.h")
-CXX_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")  # psabi: a note on vector arguments, which are inlined
-CUDA_FLAGS = ("-O3", "--threads=2")  # of nvcc, for several architectures
+HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "operator.h")
+CXX_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")  # psabi: a note on vector arguments
 
 _folder = Path(__file__).parent
 _loaded: set[str] = set()
@@ -34,7 +33,7 @@ class BackendError(RuntimeError):
 
 
 def load_library(device: str) -> None:
-    """Register the operator for "cpu", or for "cpu" and "cuda", building what the cache lacks. Raises BackendError."""
+    """Register the operator for "cpu", or for "cpu" and "cuda", building what the cache lacks."""
     for target in ("cpu",) if device == "cpu" else ("cpu", "cuda"):
         if target in _loaded:
             continue
@@ -43,27 +42,43 @@ def load_library(device: str) -> None:
         except BackendError:
             raise
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            raise BackendError(f"the fused {target} operator could not be built: {_first_error(error)}") from error
+            line = _first_error(error)
+            raise BackendError(f"the fused {target} operator could not be built: {line}") from error
         _loaded.add(target)
 
 
 def _load_target(target: str) -> None:
     if target == "cuda" and not torch.cuda.is_available():
-        raise BackendError("PyTorch sees no CUDA device; check the driver, and that PyTorch is a CUDA build")
+        raise BackendError("PyTorch sees no CUDA device; check the driver and PyTorch's build")
     library = cached_library(target)
-    if not library.exists():
+    if not _is_whole(library):
         require_compilers(target)
         with _only_builder(library):
-            if not library.exists():
+            if not _is_whole(library):
                 return build(target, library)  # which also loads it
     torch.ops.load_library(library)
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether the library is as it was built: to load one that was cut off kills the process."""
+    try:
+        return library.with_suffix(".sha256").read_text(encoding="utf-8") == _seal(library)
+    except OSError:
+        return False
+
+
+def _seal(library: Path) -> str:
+    data = library.read_bytes()
+    return f"{hashlib.sha256(data).hexdigest()} {len(data)}"
+
+
 def cached_library(target: str) -> Path:
     """Where the library for this machine is, or will be: its name says what it depends on."""
-    parts = [torch.__version__, str(torch.version.cuda), platform.machine(), os.environ.get("CXX", "")]
-    parts += [(_folder / name).read_text() for name in (*HEADERS, *SOURCES[target], Path(__file__).name)]
-    parts += [_processor(), _architectures() if target == "cuda" else ""]
+    parts = [torch.__version__, str(torch.version.cuda), platform.machine()]
+    parts += [os.environ.get("CXX", ""), _processor()]
+    sources = (*HEADERS, *SOURCES[target], Path(__file__).name)
+    parts += [(_folder / name).read_text(encoding="utf-8") for name in sources]
+    parts += [_architectures() if target == "cuda" else ""]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.join(caches, "torch_extensions")
@@ -73,43 +88,46 @@ def cached_library(target: str) -> Path:
 def _processor() -> str:
     """What -march=native depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+    says = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(says)}))
 
 
 def _architectures() -> str:
-    """The compute capabilities to build for, in the form of TORCH_CUDA_ARCH_LIST, which overrides the visible GPUs'."""
+    """The compute capabilities to build for: TORCH_CUDA_ARCH_LIST, or the visible GPUs'."""
     visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
+    named = ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or named
 
 
 def require_compilers(target: str) -> None:
-    """Raise BackendError, saying what to install, unless the tools to build for `target` are there."""
+    """Raise BackendError, saying what to install, unless the tools for `target` are there."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        raise BackendError(f"no C++ compiler ({compiler}); install one (Debian, Ubuntu: apt install g++)")
+        raise BackendError(f"no C++ compiler ({compiler}); install one (Debian: apt install g++)")
     if shutil.which("ninja", path=_search_path()) is None:
         raise BackendError("no ninja; install it (pip install ninja)")
     if target == "cuda" and cuda_home() is None:
-        raise BackendError(f"no CUDA compiler (nvcc); install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME")
+        toolkit = f"CUDA toolkit {torch.version.cuda}"
+        raise BackendError(f"no CUDA compiler (nvcc); install the {toolkit} or set CUDA_HOME")
 
 
 def _search_path() -> str:
-    """PATH and the folder of this Python, where pip puts ninja even if the environment is not activated."""
+    """PATH and the folder of this Python, where pip puts ninja, activated or not."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
 
 
 def cuda_home() -> str | None:
-    """The toolkit's folder, asked of nvcc itself, because the nvcc on the PATH may be a script outside the toolkit."""
+    """The toolkit's folder, asked of nvcc: the one on the PATH may be a script outside of it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None) or shutil.which(
-        "nvcc", path="/usr/local/cuda/bin"
-    )
+    folders = (home and os.path.join(home, "bin"), "/usr/local/cuda/bin")
+    nvcc = next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
     if nvcc is None:
         return None
-    answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
+    answer = subprocess.run(command, capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.+)$", answer.stdout + answer.stderr, re.MULTILINE)
     return os.path.realpath(top[1].strip()) if top else None
 
@@ -118,18 +136,17 @@ def build(target: str, library: Path, extra_cuda_flags: tuple[str, ...] = ()) ->
     """Compile the sources for `target`, load the result, and put it at `library`."""
     folder = tempfile.mkdtemp(prefix=f"{library.stem}.building-", dir=library.parent)
     try:
-        print(f"taylorglo_ext: building the fused {target} loss, once: about a minute", file=sys.stderr, flush=True)
+        what = f"taylorglo_ext: building the fused {target} loss, once: about a minute"
+        print(what, file=sys.stderr, flush=True)
         with _toolchain(target) as load:
             load(
-                name=library.stem,
-                sources=[str(_folder / name) for name in SOURCES[target]],
-                extra_cflags=[*CXX_FLAGS],
-                extra_cuda_cflags=[*CUDA_FLAGS, *extra_cuda_flags],
-                extra_ldflags=["-fopenmp"],
-                build_directory=folder,
-                is_python_module=False,
-            )
+                library.stem, [str(_folder / name) for name in SOURCES[target]],
+                extra_cflags=[*CXX_FLAGS], extra_ldflags=["-fopenmp"],
+                extra_cuda_cflags=["-O3", "--threads=2", *extra_cuda_flags],
+                build_directory=folder, is_python_module=False,
+            )  # fmt: skip
         os.rename(os.path.join(folder, library.name), library)
+        library.with_suffix(".sha256").write_text(_seal(library), encoding="utf-8")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -146,19 +163,18 @@ def _only_builder(library: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _toolchain(target: str):
+def _toolchain(target: str) -> Iterator:
     """torch.utils.cpp_extension.load, with the right PATH and CUDA_HOME while it runs."""
     saved = dict(os.environ)
     os.environ["PATH"] = _search_path()
     if target == "cuda":
-        os.environ["CUDA_HOME"] = cuda_home()
-        os.environ["TORCH_CUDA_ARCH_LIST"] = _architectures()
+        os.environ |= {"CUDA_HOME": cuda_home(), "TORCH_CUDA_ARCH_LIST": _architectures()}
     try:
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it says where it guesses CUDA
+        # It would say where it guesses CUDA.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from torch.utils import cpp_extension
 
-        if target == "cuda":
-            cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+        cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")
         yield cpp_extension.load
     finally:
         os.environ.clear()

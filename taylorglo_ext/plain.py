@@ -1,33 +1,55 @@
-"""What a practitioner would use in place of an evolved loss, in plain PyTorch, with Eq. 3's labels under a teacher.
+"""Losses in plain PyTorch, for comparison.
 
-Arguments as for `taylorglo_ext.taylorglo_loss`, without theta: logits (B, C), labels (B,) int64. Each returns a 0-d tensor,
-the mean over the batch; gradients flow to the logits only.
+Each takes logits (B, C), labels (B,) int64 and, for the labels of Eq. 3, teacher logits (B, C) and
+alpha, a number or a 0-d tensor; it returns the mean over the batch.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Q = 0.7  # of generalized cross-entropy, as published
-SMOOTHING = 0.1  # the share of a label that is spread over all classes
+from .reference import accumulate_dtype, reduce
 
 
-def eq3_labels(logits, labels, teacher_logits, alpha):
-    """Eq. 3: x = alpha softmax(teacher) + (1 - alpha) one-hot, (B, C); one-hot without a teacher."""
-    x = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    if teacher_logits is not None:
-        alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
-        x = alpha * teacher_logits.detach().softmax(dim=1) + (1 - alpha) * x
-    return x
+def distilled_labels(logits: Tensor, labels: Tensor, teacher_logits=None, alpha=None) -> Tensor:
+    """Eq. 3: alpha softmax(teacher) + (1 - alpha) one-hot; the labels without a teacher."""
+    if teacher_logits is None:
+        return labels
+    alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
+    one_hot = F.one_hot(labels, logits.shape[1]).movedim(-1, 1)
+    return alpha * teacher_logits.detach().softmax(dim=1) + (1 - alpha) * one_hot
 
 
-def generalized_cross_entropy(logits, labels, teacher_logits=None, alpha=None):
-    """Zhang and Sabuncu 2018: (1 - p^q) / q for the probability p of the label, or its mean over a soft label."""
-    x = eq3_labels(logits, labels, teacher_logits, alpha)
-    # From the logarithm: the gradient p^q of a label that the softmax rounds to 0 is 0, and not 0 times infinity.
-    return (x * (1 - (Q * logits.log_softmax(dim=1)).exp()) / Q).sum(dim=1).mean()
+def distilled_cross_entropy(
+    logits: Tensor, labels: Tensor, teacher_logits=None, alpha=None,
+    *, ignore_index=None, reduction="mean",
+) -> Tensor:  # fmt: skip
+    """Cross-entropy; with more dimensions, ignore_index and reduction as ``taylorglo_loss``."""
+    kept = None if ignore_index is None else labels != ignore_index
+    if kept is not None:
+        labels = labels.where(kept, 0)
+    x = distilled_labels(logits, labels, teacher_logits, alpha)
+    if kept is None:
+        return F.cross_entropy(logits, x, reduction=reduction)
+    return reduce(F.cross_entropy(logits, x, reduction="none"), kept, reduction)
 
 
-def label_smoothing(logits, labels, teacher_logits=None, alpha=None):
-    """Cross-entropy in which a share SMOOTHING of each label is spread evenly over all classes."""
-    x = eq3_labels(logits, labels, teacher_logits, alpha)
-    return F.cross_entropy(logits, x, label_smoothing=SMOOTHING)
+def generalized_cross_entropy(
+    logits: Tensor, labels: Tensor, teacher_logits=None, alpha=None, q: float = 0.7
+) -> Tensor:
+    """(1 - p_y^q) / q, which wrong labels mislead less (Zhang and Sabuncu 2018), or its expectation
+    over the labels of Eq. 3."""
+    log_p = logits.log_softmax(dim=1, dtype=accumulate_dtype(logits.dtype))
+    of_class = (1 - torch.exp(q * log_p)) / q
+    if teacher_logits is None:
+        return of_class.gather(1, labels[:, None]).mean()
+    x = distilled_labels(logits, labels, teacher_logits, alpha)
+    return (x * of_class).sum(dim=1).mean()
+
+
+def label_smoothing(
+    logits: Tensor, labels: Tensor, teacher_logits=None, alpha=None, smoothing: float = 0.1
+) -> Tensor:
+    """Cross-entropy with the labels (1 - smoothing) x + smoothing / C."""
+    x = distilled_labels(logits, labels, teacher_logits, alpha)
+    return F.cross_entropy(logits, x, label_smoothing=smoothing)

@@ -1,7 +1,7 @@
-"""The TaylorGLO loss in plain PyTorch: slow, short, differentiated by autograd, and the ground truth of the tests.
+"""The TaylorGLO loss in plain PyTorch, the ground truth of the tests; and the checks of its input.
 
-In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTION (the softmax of the logits); this is the
-reverse of the usual habit. n is the number of classes.
+In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTION (the softmax of
+the logits); this is the reverse of the usual habit. n is the number of classes.
 """
 
 import torch
@@ -9,37 +9,47 @@ from torch import Tensor
 
 LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 THETA_DTYPES = (torch.float64, torch.float32)
+REDUCTIONS = ("none", "mean", "sum")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums are taken, and in which the loss is returned: float64 for float64, float32 for the rest."""
+    """The dtype of the sums and of the loss: float64 for float64, float32 for the rest."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def widen(logits: Tensor | None) -> Tensor | None:
-    """Half-precision logits in float32."""
-    return logits.float() if logits is not None and logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
 def reference_loss(
-    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None = None, alpha: float | Tensor | None = None
-) -> Tensor:
-    """Eq. 2 and Eq. 3, averaged over the batch. Arguments as for :func:`taylorglo_ext.taylorglo_loss`, taken as checked.
+    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits=None, alpha=None,
+    ignore_index=None, reduction="mean",
+) -> Tensor:  # fmt: skip
+    """Eq. 2 and Eq. 3 for logits (B, C). Arguments as for ``taylorglo_loss``, taken as checked.
 
-    Nothing here looks at a value on the host, so it can be compiled without a graph break and captured in a CUDA graph.
-    A label outside [0, C) makes the loss and that row's gradient NaN.
+    Nothing here looks at a value on the host, so it can be compiled without a graph break and
+    captured in a CUDA graph. A label outside [0, C) makes the loss and that row's gradient NaN.
     """
     dtype, classes = accumulate_dtype(logits.dtype), logits.shape[1]
+    kept = None if ignore_index is None else labels != ignore_index
+    if kept is not None:
+        labels = labels.where(kept, 0)
     y = torch.softmax(logits.to(dtype), dim=1)
     x = (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)  # one-hot
     x = torch.where(((labels >= 0) & (labels < classes))[:, None], x, float("nan"))
     if teacher_logits is not None:  # Eq. 3
         x = alpha * torch.softmax(teacher_logits.detach().to(dtype), dim=1) + (1 - alpha) * x
-    return eq2(x, y, theta.detach().to(dtype).unbind()).mean()  # the mean over the batch
+    return reduce(eq2(x, y, theta.detach().to(dtype).unbind()), kept, reduction)
+
+
+def reduce(losses: Tensor, kept: Tensor | None, reduction: str) -> Tensor:
+    """The losses, their sum or their mean, of those that are kept (None: all)."""
+    losses = losses if kept is None else torch.where(kept, losses, 0)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if kept is None else losses.sum() / kept.sum()
 
 
 def eq2(x, y, theta):
-    """Eq. 2 for labels x and predictions y (..., C), tensors or arrays; theta: eight numbers. Returns (...)."""
+    """Eq. 2 for labels x and predictions y (..., C), or arrays; theta: eight numbers."""
     t0, t1, t2, t3, t4, t5, t6, t7 = theta
     a, b = y - t1, x - t0
     f = (
@@ -49,49 +59,52 @@ def eq2(x, y, theta):
     return -f.mean(-1)  # 1/n over the classes
 
 
-def check_inputs(
-    logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None, alpha: float | Tensor | None
-) -> None:
-    """Raise the error that the fused operator raises for the same bad argument (inputs.h, ``check_inputs``)."""
-    if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"logits: expected float64, float32, float16 or bfloat16, got {logits.dtype}")
-    if logits.dim() != 2 or logits.shape[1] < 1:
-        raise ValueError(f"logits: expected shape (B, C) with C >= 1, got {tuple(logits.shape)}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected int64, got {labels.dtype}")
-    if tuple(labels.shape) != (logits.shape[0],):
-        raise ValueError(f"labels: expected shape ({logits.shape[0]},) to match logits, got {tuple(labels.shape)}")
-    if theta.dtype not in THETA_DTYPES:
-        raise TypeError(f"theta: expected float32 or float64, got {theta.dtype}")
-    if tuple(theta.shape) != (8,):
-        raise ValueError(f"theta: expected shape (8,), got {tuple(theta.shape)}")
-    _check_teacher(logits, teacher_logits, alpha)
-    for name, tensor in (("labels", labels), ("theta", theta), ("teacher_logits", teacher_logits), ("alpha", alpha)):
-        if isinstance(tensor, Tensor) and tensor.device != logits.device:
-            raise ValueError(f"{name}: expected on {logits.device} like logits, got {tensor.device}")
-
-
-def _check_teacher(logits: Tensor, teacher_logits: Tensor | None, alpha: float | Tensor | None) -> None:
-    if teacher_logits is None:
-        if alpha is not None:
-            raise ValueError("alpha: given without teacher_logits")
-        return
-    if alpha is None:
-        raise ValueError("alpha: needed with teacher_logits")
-    if teacher_logits.dtype != logits.dtype:
-        raise TypeError(f"teacher_logits: expected {logits.dtype} like logits, got {teacher_logits.dtype}")
-    if teacher_logits.shape != logits.shape:
-        shapes = f"{tuple(logits.shape)} like logits, got {tuple(teacher_logits.shape)}"
-        raise ValueError(f"teacher_logits: expected shape {shapes}")
+def check_inputs(logits, labels, theta, teacher_logits, alpha, reduction="mean") -> None:
+    """Raise the TypeError or ValueError that names what ``taylorglo_loss`` does not take."""
+    tensors = {"logits": logits, "labels": labels, "theta": theta}
+    distilled = teacher_logits is not None
+    if distilled:
+        tensors["teacher_logits"] = teacher_logits
+    for name, t in tensors.items():
+        _expect(isinstance(t, Tensor), name, "a tensor", type(t).__name__, TypeError)
+    dtypes = "float64, float32, float16 or bfloat16"
+    _expect(logits.dtype in LOGITS_DTYPES, "logits", dtypes, logits.dtype, TypeError)
+    _expect(labels.dtype == torch.int64, "labels", "int64", labels.dtype, TypeError)
+    _expect(theta.dtype in THETA_DTYPES, "theta", "float32 or float64", theta.dtype, TypeError)
+    shape = logits.shape
+    _expect(len(shape) > 1 and shape[1] > 0, "logits", "shape (B, C, ...) with C >= 1", shape)
+    of_labels = (shape[0], *shape[2:])
+    _expect(labels.shape == of_labels, "labels", "shape (B, ...) to match logits", labels.shape)
+    _expect(theta.shape == (8,), "theta", "shape (8,)", theta.shape)
+    _expect((alpha is not None) == distilled, "alpha", "one if and only if teacher_logits", alpha)
+    if distilled:
+        dtype = teacher_logits.dtype
+        _expect(dtype == logits.dtype, "teacher_logits", "the dtype of logits", dtype, TypeError)
+        same = teacher_logits.shape == shape
+        _expect(same, "teacher_logits", "the shape of logits", teacher_logits.shape)
     if isinstance(alpha, Tensor):
-        if alpha.dim() != 0 or alpha.dtype not in THETA_DTYPES:
-            raise ValueError(f"alpha: expected a 0-d float32 or float64 tensor, got {alpha.dtype} {tuple(alpha.shape)}")
-    elif not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
+        tensors["alpha"] = alpha
+        real = alpha.dtype in THETA_DTYPES and alpha.dim() == 0
+        _expect(real, "alpha", "a number or a 0-d float32 or float64 tensor", alpha)
+    elif distilled:
+        _expect(0 <= alpha <= 1, "alpha", "a number in [0, 1]", alpha)
+    for name, t in tensors.items():
+        _expect(t.device == logits.device, name, "the device of logits", t.device)
+    _expect(reduction in REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", reduction)
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Raise ValueError for a label outside [0, classes). Reads the values, so it is for the CPU only."""
-    if labels.numel() and not bool(((labels >= 0) & (labels < classes)).all()):
-        low, high = int(labels.min()), int(labels.max())
-        raise ValueError(f"labels: expected in [0, {classes}), got values from {low} to {high}")
+def _expect(holds: bool, name: str, what: str, got, error=ValueError) -> None:
+    if not holds:
+        got = tuple(got) if isinstance(got, torch.Size) else got
+        raise error(f"{name}: expected {what}, got {got}")
+
+
+def check_labels(labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
+    """Raise ValueError for a label outside [0, classes). Reads the values, so it is for the CPU
+    only."""
+    wrong = (labels < 0) | (labels >= classes)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"labels: expected in [0, {classes}), got {int(labels[row])} in row {row}")

@@ -1,11 +1,15 @@
-// The CUDA kernels: one launch computes the loss and the gradient, one launch scales the gradient. The formula itself is in
-// taylorglo.h; the checks, the memory and the stream are in taylorglo_cuda.cpp.
-//
-// A row belongs to a power of two of lanes of one warp, so that a warp has one long row or several short ones; a row that
-// is too long for that belongs to a whole block. Nothing here reads a device value on the host, so that the launches can be
+// The CUDA kernels: one launch computes the loss and the gradient, one launch scales the gradient.
+// The formula itself is in taylorglo.h; the checks, the memory and the stream are in
+// taylorglo_cuda.cpp. Nothing here reads a device value on the host, so that the launches can be
 // captured in a graph.
+//
+// A row belongs to a power of two of lanes of one warp, so that a warp has one long row or several
+// short ones; a longer row belongs to a block. Each thread reads its numbers once, keeps them in
+// registers and exponentiates them once, against its own maximum; one exchange between the threads
+// then gives the row's maximum and its moments. Only a row that no block's registers hold is read
+// twice.
 #include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <cuda_bf16.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,289 +21,489 @@
 namespace taylorglo {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kThreads = 128, kMostThreads = 512;
-constexpr int64_t kMostCacheBytes = 32 << 10;
+constexpr int kWarp = 32, kThreads = 128;  // a block has kThreads where its rows belong to warps
+template <typename T>
+constexpr int kMostThreads =
+    sizeof(T) == 8 ? 256 : 1024;   // at most 64 registers for each, of float
+constexpr int kMostColumns = 512;  // 48 KB hold their columns
+
+enum class Scope { kWarpRows, kBlockRow, kLongRow };
 
 template <typename T>
 __device__ T read_number(Real real) {
-  return real.is_double ? T(*static_cast<const double*>(real.data)) : T(*static_cast<const float*>(real.data));
+  return real.is_double ? T(*static_cast<const double*>(real.data))
+                        : T(*static_cast<const float*>(real.data));
 }
 
 template <typename T>
-__device__ Theta<T> read_theta(Real real) {
-  return real.is_double ? load_theta<T>(static_cast<const double*>(real.data))
-                        : load_theta<T>(static_cast<const float*>(real.data));
+__device__ Polynomial<T> read_theta(Real real) {
+  return real.is_double ? Polynomial<T>(static_cast<const double*>(real.data))
+                        : Polynomial<T>(static_cast<const float*>(real.data));
 }
 
-// ---- The softmax in one pass: the running maximum, and the sum of exp(z - maximum) -----------------------------------
+template <typename scalar_t>
+__device__ Accumulate<scalar_t> read_alpha(const Problem<scalar_t>& p) {
+  using T = Accumulate<scalar_t>;
+  return p.alpha.data ? read_number<T>(p.alpha) : static_cast<T>(p.alpha_number);
+}
 
-__device__ __forceinline__ float exponential(float v) { return __expf(v); }
+__device__ __forceinline__ float exponential(float v) {
+#if defined(__CUDA_ARCH__)
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(v) : "f"(v * 1.44269504f));
+  return v;
+#else
+  return std::exp(v);
+#endif
+}
 __device__ __forceinline__ double exponential(double v) { return exp(v); }
 
-// exp(z - max), where z may be -inf. NaN if z is NaN or +inf, so that such a logit makes its row NaN.
-template <typename T>
-__device__ __forceinline__ T exp_difference(T z, T max) {
-  return z == -INFINITY ? T(0) : exponential(z - max);
+__device__ __forceinline__ float reciprocal(float v) { return __fdividef(1.f, v); }
+__device__ __forceinline__ double reciprocal(double v) { return 1 / v; }
+
+__device__ __forceinline__ void prefetch(const void* data) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(data));
+#endif
 }
-
-template <typename T>
-struct MaxSum {
-  T max, sum;
-
-  __device__ __forceinline__ MaxSum operator+(const MaxSum& other) const {
-    const T larger = ::max(max, other.max);
-    return {larger, sum * exp_difference(max, larger) + other.sum * exp_difference(other.max, larger)};
-  }
-};
-
-// ---- Sums over the threads of a row or of a block --------------------------------------------------------------------
 
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T v, int mask) {
   return __shfl_xor_sync(0xffffffff, v, mask);
 }
-template <typename T>
-__device__ __forceinline__ MaxSum<T> shuffle_xor(MaxSum<T> v, int mask) {
-  return {shuffle_xor(v.max, mask), shuffle_xor(v.sum, mask)};
-}
 
-// The sum over each group of `lanes` neighbours. Every lane of the warp must come here.
-template <typename V>
-__device__ V sum_over_lanes(V v, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) v = v + shuffle_xor(v, mask);
-  return v;
-}
-
-// The sum over the block, in a fixed order. Every thread of the block must come here.
-template <typename V>
-__device__ V sum_over_block(V v) {
-  __shared__ V warps[kMostThreads / kWarp];
-  v = sum_over_lanes(v, kWarp);
-  __syncthreads();  // until all have read the previous call's result
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = v;
-  __syncthreads();
-  v = warps[0];
-  for (unsigned w = 1; w < blockDim.x / kWarp; ++w) v = v + warps[w];
-  return v;
-}
-
-template <bool kBlockRow, typename V>
-__device__ V sum_over_row(V v, int lanes) {
-  if constexpr (kBlockRow) {
-    return sum_over_block(v);
-  } else {
-    return sum_over_lanes(v, lanes);
-  }
-}
-
-// ---- A row, as one of its threads sees it ----------------------------------------------------------------------------
+// ---- The numbers of a row that one thread has ---------------------------------------------------
 
 template <typename scalar_t, int kVector>
-struct alignas(sizeof(scalar_t) * kVector) Packed {  // 16 bytes, or one number
+struct alignas(std::min<int>(sizeof(scalar_t) * kVector, 16)) Packed {
   scalar_t value[kVector];
 };
 
-// Thread `lane` has the vectors lane, lane + lanes, ...: its `step`-th is vector lane + step * lanes. The first pass reads
-// memory and, if there is a cache, keeps the numbers in the thread's own column of shared memory; later passes read them
-// there, without a conflict or a barrier.
-template <typename scalar_t, int kVector>
-struct Row {
-  using T = Accumulate<scalar_t>;
-  const scalar_t* source;
-  T* cache;  // the thread's column, or nullptr
-
-  __device__ __forceinline__ void read_memory(int64_t vector, T (&numbers)[kVector]) const {
-    const auto packed = *reinterpret_cast<const Packed<scalar_t, kVector>*>(source + vector * kVector);
+template <typename scalar_t, int kVector, typename T>
+__device__ __forceinline__ void round_vector(const T (&numbers)[kVector],
+                                             Packed<scalar_t, kVector>& packed) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16> && kVector > 1) {  // two in one instruction
+    auto* pairs = reinterpret_cast<__nv_bfloat162*>(&packed);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) numbers[k] = static_cast<T>(packed.value[k]);
+    for (int k = 0; k < kVector; k += 2)
+      pairs[k / 2] = __floats2bfloat162_rn(numbers[k], numbers[k + 1]);
+  } else
+#endif
+  {
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) packed.value[k] = static_cast<scalar_t>(numbers[k]);
   }
+}
 
-  __device__ __forceinline__ void read_first(int64_t vector, int step, T (&numbers)[kVector]) const {
-    read_memory(vector, numbers);
-    if (!cache) return;
+// Every kStride-th vector from `row` on, where `left` vectors are left. What is not there is minus
+// infinity, whose exponential is 0. A stride that the compiler knows needs no arithmetic.
+template <int kVector, int kStride, int kNumbers, typename scalar_t, typename T>
+__device__ __forceinline__ void load(const scalar_t* row, int left, T (&numbers)[kNumbers]) {
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) cache[(step * kVector + k) * blockDim.x] = numbers[k];
-  }
-
-  __device__ __forceinline__ void read_again(int64_t vector, int step, T (&numbers)[kVector]) const {
-    if (!cache) return read_memory(vector, numbers);
+  for (int s = 0; s < kNumbers / kVector; ++s) {
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) numbers[k] = cache[(step * kVector + k) * blockDim.x];
-  }
-
-  // This thread's share of the softmax; the first pass.
-  __device__ MaxSum<T> max_sum(int64_t vectors, int lane, int lanes) const {
-    MaxSum<T> total{-INFINITY, 0};
-    int step = 0;
-    for (int64_t vector = lane; vector < vectors; vector += lanes, ++step) {
-      T z[kVector];
-      read_first(vector, step, z);
-      MaxSum<T> part{z[0], 0};
+    for (int k = 0; k < kVector; ++k) numbers[s * kVector + k] = -INFINITY;
+    if (left > s * kStride) {
+      const auto packed = reinterpret_cast<const Packed<scalar_t, kVector>*>(row)[s * kStride];
 #pragma unroll
-      for (int k = 1; k < kVector; ++k) part.max = ::max(part.max, z[k]);
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) part.sum += exp_difference(z[k], part.max);
-      total = total + part;
+      for (int k = 0; k < kVector; ++k) numbers[s * kVector + k] = static_cast<T>(packed.value[k]);
     }
-    return total;
+  }
+}
+
+template <int kNumbers, typename T>
+__device__ __forceinline__ T largest(T max, const T (&numbers)[kNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i) max = ::max(max, numbers[i]);
+  return max;
+}
+
+// exp(number - max) in place: 0 for minus infinity, NaN for infinity and NaN.
+template <int kNumbers, typename T>
+__device__ __forceinline__ void exponentiate(T (&numbers)[kNumbers], T max) {
+  if (max == -INFINITY) max = 0;
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i) numbers[i] = exponential(numbers[i] - max);
+}
+
+// What turns exponentials against `max` into exponentials against a larger maximum.
+template <typename T>
+__device__ __forceinline__ T ratio(T max, T larger) {
+  return max == larger ? T(1) : exponential(max - larger);
+}
+
+// A thread's own column of shared memory, where the teacher's numbers wait for the second step.
+template <int kNumbers, typename T>
+struct Column {
+  static constexpr int kVector = 16 / sizeof(T);
+  Packed<T, kVector>* vectors;
+
+  __device__ __forceinline__ void write(const T (&numbers)[kNumbers]) const {
+#pragma unroll
+    for (int s = 0; s < kNumbers / kVector; ++s) {
+      Packed<T, kVector> packed;
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) packed.value[k] = numbers[s * kVector + k];
+      vectors[s * blockDim.x] = packed;
+    }
+    fence();
+  }
+
+  __device__ __forceinline__ void read(T (&numbers)[kNumbers]) const {
+    fence();
+#pragma unroll
+    for (int s = 0; s < kNumbers / kVector; ++s) {
+      const auto packed = vectors[s * blockDim.x];
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) numbers[s * kVector + k] = packed.value[k];
+    }
+  }
+
+  // Not to the threads, but to the compiler, which would keep the numbers in registers.
+  __device__ __forceinline__ static void fence() { asm volatile("" ::: "memory"); }
+};
+
+// ---- Sums over threads --------------------------------------------------------------------------
+
+// The moments against the maxima of the logits and of the teacher's. Starts without any number.
+template <typename T, bool kTeacher>
+struct Share {
+  T max = -INFINITY, teacher_max = -INFINITY;
+  Moments<T, kTeacher> moments;
+
+  __device__ __forceinline__ void raise(T new_max, T new_teacher_max) {
+    moments.scale(ratio(max, new_max), kTeacher ? ratio(teacher_max, new_teacher_max) : T(1));
+    max = new_max;
+    teacher_max = new_teacher_max;
+  }
+
+  // The share of `lanes` neighbours together. Every lane of the warp must come here.
+  __device__ __forceinline__ void join(int lanes) {
+    T most = max, teacher_most = teacher_max;
+#pragma unroll
+    for (int mask = 1; mask < lanes; mask *= 2) {
+      most = ::max(most, shuffle_xor(most, mask));
+      if constexpr (kTeacher) teacher_most = ::max(teacher_most, shuffle_xor(teacher_most, mask));
+    }
+    raise(most, teacher_most);
+#pragma unroll
+    for (int mask = 1; mask < lanes; mask *= 2) {
+#pragma unroll
+      for (T& sum : moments.sum) sum += shuffle_xor(sum, mask);
+    }
   }
 };
 
-// ---- The loss --------------------------------------------------------------------------------------------------------
-
-// This thread's share of the sum of f over one row; writes its share of the row's gradient. There may be no such row.
-template <typename scalar_t, int kVector, bool kBlockRow, typename T>
-__device__ T row_sum(const Problem<scalar_t>& p, int lanes, const Theta<T>& theta, T alpha, int64_t row, T* cache) {
-  const bool exists = row < p.rows, distilled = p.teacher_logits != nullptr;
-  const int lane = threadIdx.x % lanes;
-  const int64_t vectors = exists ? p.classes / kVector : 0;
-  const int64_t steps = (p.classes / kVector + lanes - 1) / lanes;
-  const Row<scalar_t, kVector> logits{p.logits + row * p.classes, cache};
-  const Row<scalar_t, kVector> teacher{p.teacher_logits + row * p.classes,
-                                       cache ? cache + steps * kVector * blockDim.x : nullptr};
-
-  const MaxSum<T> softmax = sum_over_row<kBlockRow>(logits.max_sum(vectors, lane, lanes), lanes);
-  MaxSum<T> teacher_softmax{0, 1};
-  if (distilled) teacher_softmax = sum_over_row<kBlockRow>(teacher.max_sum(vectors, lane, lanes), lanes);
-  const T factor = 1 / softmax.sum, teacher_factor = alpha / teacher_softmax.sum;
-
-  // A label outside [0, classes) makes its row NaN, and with it the loss.
-  const int64_t label = exists ? p.labels[row] : 0;
-  const T wrong = label >= 0 && label < p.classes ? T(0) : T(NAN);
-  const Cubic<T, T> own(theta, 1 + wrong), other(theta, wrong);  // one-hot: the label's class, and the other classes
-
-  // visit(vector, predictions, cubics) for each vector of this thread.
-  const auto each_vector = [&](auto visit) {
-    int step = 0;
-    for (int64_t vector = lane; vector < vectors; vector += lanes, ++step) {
-      T z[kVector], t[kVector], y[kVector];
-      Cubic<T, T> cubic[kVector];
-      logits.read_again(vector, step, z);
-      if (distilled) teacher.read_again(vector, step, t);
+// The share of the whole block. Every thread of the block must come here.
+template <typename T, bool kTeacher>
+__device__ __forceinline__ void join_block(Share<T, kTeacher>& share) {
+  __shared__ T numbers[Moments<T, kTeacher>::kCount + 2][kWarp];
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;  // powers of two
+  share.join(kWarp);
+  __syncthreads();  // until all have read the previous row's numbers
+  if (lane == 0) {
+    const int warp = threadIdx.x / kWarp;
+    numbers[0][warp] = share.max;
+    numbers[1][warp] = share.teacher_max;
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        const bool is_label = vector * kVector + k == label;
-        y[k] = exp_difference(z[k], softmax.max) * factor;
-        cubic[k] = is_label ? own : other;
-        if (distilled) {
-          const T teacher_y = exp_difference(t[k], teacher_softmax.max) * teacher_factor;
-          cubic[k] = Cubic<T, T>(theta, teacher_y + (is_label ? 1 - alpha : T(0)) + wrong);  // Eq. 3
-        }
-      }
-      visit(vector, y, cubic);
-    }
-  };
-
-  T sum = 0, dot = 0;
-  each_vector([&](int64_t, const T(&y)[kVector], const Cubic<T, T>(&cubic)[kVector]) {
+    for (int i = 0; i < share.moments.kCount; ++i) numbers[i + 2][warp] = share.moments.sum[i];
+  }
+  __syncthreads();
+  share.max = numbers[0][lane % warps];
+  share.teacher_max = numbers[1][lane % warps];
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      sum += cubic[k].f(y[k]);             // Eq. 2
-      dot += cubic[k].df_dy(y[k]) * y[k];  // sum_i G_i y_i
-    }
-  });
-  if (!p.gradient) return sum;
-
-  dot = sum_over_row<kBlockRow>(dot, lanes);
-  const T scale = static_cast<T>(p.scale);
-  auto* gradient = reinterpret_cast<Packed<scalar_t, kVector>*>(p.gradient + row * p.classes);
-  each_vector([&](int64_t vector, const T(&y)[kVector], const Cubic<T, T>(&cubic)[kVector]) {
-    Packed<scalar_t, kVector> packed;
-#pragma unroll
-    for (int k = 0; k < kVector; ++k) {
-      packed.value[k] = static_cast<scalar_t>(scale * y[k] * (cubic[k].df_dy(y[k]) - dot));
-    }
-    gradient[vector] = packed;
-  });
-  return sum;
+  for (int i = 0; i < share.moments.kCount; ++i)
+    share.moments.sum[i] = numbers[i + 2][lane % warps];
+  share.join(warps);
 }
 
-// Adds up the threads' sums and writes the loss. The last block to arrive adds up the blocks, in order.
+// The sum over the block in thread 0, in a fixed order. Every thread must come here.
+__device__ double sum_over_block(double v) {
+  __shared__ double warps[kWarp];
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
+  __syncthreads();  // until all have read the previous call's result
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  v = 0;
+  if (threadIdx.x == 0) {
+    for (unsigned w = 0; w < blockDim.x / kWarp; ++w) v += warps[w];
+  }
+  return v;
+}
+
+// ---- The loss -----------------------------------------------------------------------------------
+
+// In shared memory, since registers are for the numbers.
+template <typename T>
+struct Parameters {
+  Polynomial<T> polynomial;
+  T alpha, scale;
+  int classes;
+  double loss_scale;  // Eq. 2's -1/n, and the mean over the batch if it is asked for, as scale
+};
+
+// Where a thread's numbers of one row are. Read anew for each step of the work, and from memory,
+// since the compiler would otherwise keep every comparison with the row's end from the load to the
+// store.
+template <int kVector, int kNumbers, int kLanes, Scope kScope>
+struct Place {
+  static constexpr int kSteps = kNumbers / kVector;
+  int classes, vectors, mine, first = 0;
+  int64_t start;
+
+  template <typename T>
+  __device__ __forceinline__ Place(const Parameters<T>& parameters, int row, bool exists) {
+    classes = *const_cast<const volatile int*>(&parameters.classes);
+    vectors = exists ? classes / kVector : 0;
+    start = exists ? int64_t(row) * classes : 0;
+    // A warp's lanes, or kLanes of them, have neighbouring vectors; the warps of a block have one
+    // stretch of the row after the other.
+    mine = threadIdx.x % kLanes;
+    if constexpr (kScope != Scope::kWarpRows) mine += threadIdx.x / kWarp * kWarp * kSteps;
+  }
+
+  // A row that is too long for the block's registers is a sequence of tiles, else there is one.
+  __device__ __forceinline__ bool next() {
+    const int tile = static_cast<int>(blockDim.x) * kSteps;
+    first += tile;
+    mine += tile;
+    return kScope == Scope::kLongRow && first < vectors;
+  }
+
+  template <typename scalar_t, typename T>
+  __device__ __forceinline__ void read(const scalar_t* data, T (&numbers)[kNumbers]) const {
+    load<kVector, kLanes>(data + start + int64_t(mine) * kVector, vectors - mine, numbers);
+  }
+};
+
+// The thread's turn with a row: writes its part of the gradient. Returns the row's sum of f in the
+// first thread of the row, 0 in the others.
+template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope, typename scalar_t,
+          typename T>
+__device__ __forceinline__ T do_row(const Problem<scalar_t>& p, const Parameters<T>& parameters,
+                                    int row) {
+  using Here = Place<kVector, kNumbers, kLanes, kScope>;
+  const bool exists = row < static_cast<int>(p.rows);
+  prefetch(p.labels + (exists ? row : 0));
+
+  // e and h hold logits first, and then exponentials against the thread's own maxima.
+  T e[kNumbers], h[kTeacher ? kNumbers : 1];
+  Share<T, kTeacher> share;
+  Here from(parameters, row, exists);
+  do {
+    from.read(p.logits, e);
+    if constexpr (kTeacher) from.read(p.teacher_logits, h);
+    const T max = largest(share.max, e),
+            teacher_max = kTeacher ? largest(share.teacher_max, h) : T(0);
+    if constexpr (kScope == Scope::kLongRow) {
+      share.raise(max, teacher_max);
+    } else {
+      share.max = max;
+      share.teacher_max = teacher_max;
+    }
+    exponentiate(e, max);
+    if constexpr (kTeacher) exponentiate(h, teacher_max);
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i) share.moments.add(e[i], h[kTeacher ? i : 0]);
+  } while (from.next());
+  extern __shared__ __align__(16) unsigned char columns[];
+  const Column<kNumbers, T> column{
+      reinterpret_cast<Packed<T, Column<kNumbers, T>::kVector>*>(columns) + threadIdx.x};
+  if constexpr (kTeacher && kScope != Scope::kLongRow) column.write(h);
+
+  const T max = share.max, teacher_max = share.teacher_max;
+  if constexpr (kScope == Scope::kWarpRows) {
+    share.join(kLanes);
+  } else {
+    join_block(share);
+  }
+  Here to(parameters, row, exists);
+  const int64_t any_label = exists ? p.labels[row] : 0;
+  const bool inside = any_label >= 0 && any_label < to.classes;
+  const bool ignored = !exists || (p.kept && any_label == p.ignore_index);
+  const int label = inside ? static_cast<int>(any_label) : 0;
+  const Polynomial<T>& polynomial = parameters.polynomial;
+  const T y_factor = reciprocal(share.moments.sum[share.moments.kE]);
+  const T e_label = ratio(static_cast<T>(p.logits[to.start + label]), share.max);
+  T x_factor = 0, h_label = 0;
+  if constexpr (kTeacher) {
+    x_factor = parameters.alpha * reciprocal(share.moments.sum[share.moments.kH]);
+    h_label = ratio(static_cast<T>(p.teacher_logits[to.start + label]), share.teacher_max);
+  }
+  Row<T, T, kTeacher> result(polynomial, share.moments, static_cast<T>(to.classes),
+                             kTeacher ? parameters.alpha : T(0), y_factor, x_factor, e_label,
+                             h_label);
+  if (!inside && !ignored) result.f = result.dot = NAN;  // and with it the loss
+  const T f = to.mine == 0 && !ignored ? result.f : T(0);
+  if (!p.gradient) return f;
+
+  using Output = Gradient<scalar_t>;
+  const T scale = ignored ? T(0) : parameters.scale;
+  const Slope<T, T, kTeacher> label_slope(polynomial, result.dot - result.label_df, scale, y_factor,
+                                          x_factor);
+  const Output label_gradient = static_cast<Output>(label_slope(e_label, h_label));
+  const Slope<T, T, kTeacher> slope(
+      polynomial, result.dot, scale, y_factor * ratio(max, share.max),
+      kTeacher ? x_factor * ratio(teacher_max, share.teacher_max) : T(0));
+  if constexpr (kTeacher && kScope != Scope::kLongRow) column.read(h);
+  do {
+    if constexpr (kScope == Scope::kLongRow) {
+      to.read(p.logits, e);
+      exponentiate(e, max);
+      if constexpr (kTeacher) {
+        to.read(p.teacher_logits, h);
+        exponentiate(h, teacher_max);
+      }
+    }
+    auto* gradient = reinterpret_cast<Packed<Output, kVector>*>(p.gradient + to.start) + to.mine;
+#pragma unroll
+    for (int s = 0; s < Here::kSteps; ++s) {
+      Packed<Output, kVector> packed;
+      T numbers[kVector];
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        const int i = s * kVector + k;
+        numbers[k] = slope(e[i], h[kTeacher ? i : 0]);
+      }
+      round_vector(numbers, packed);
+      if (to.vectors - to.mine > s * kLanes) gradient[s * kLanes] = packed;
+    }
+    // The thread that wrote the label's class writes it again.
+    const int away = label / kVector - to.mine;
+    if (inside && exists && away >= 0 && away < kLanes * Here::kSteps && away % kLanes == 0) {
+      p.gradient[to.start + label] = label_gradient;
+    }
+  } while (to.next());
+  return f;
+}
+
+__device__ unsigned counters[kCounters];
+
+// Adds up the threads' sums and writes the loss. The last block to arrive adds up the blocks, in
+// order. The count of blocks goes back to 0 with the last one, for the next launch.
 template <typename scalar_t>
-__device__ void finish(const Problem<scalar_t>& p, double sum) {
+__device__ void finish(const Problem<scalar_t>& p, double sum, double scale) {
   __shared__ bool is_last;
   sum = sum_over_block(sum);
   if (gridDim.x > 1) {
     if (threadIdx.x == 0) {
       p.partial[blockIdx.x] = sum;
       __threadfence();
-      is_last = atomicAdd(p.blocks_done, 1u) == gridDim.x - 1;
+      unsigned* done = p.blocks_done ? p.blocks_done : counters + p.counter;
+      is_last = atomicInc(done, gridDim.x - 1) == gridDim.x - 1;
     }
     __syncthreads();
     if (!is_last) return;
     __threadfence();
     sum = 0;
-    for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x) sum += __ldcg(p.partial + block);
+    for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) sum += __ldcg(p.partial + b);
     sum = sum_over_block(sum);
   }
-  if (threadIdx.x == 0) *p.loss = static_cast<Accumulate<scalar_t>>(sum * p.scale);
+  if (threadIdx.x == 0) *p.loss = static_cast<Accumulate<scalar_t>>(sum * scale);
 }
 
-template <typename scalar_t, int kVector, bool kBlockRow>
-__global__ void __launch_bounds__(kMostThreads) loss_kernel(const Problem<scalar_t> p, int lanes) {
+template <typename scalar_t, int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope>
+__global__ void __launch_bounds__(kScope == Scope::kWarpRows ? kThreads
+                                                             : kMostThreads<Accumulate<scalar_t>>,
+                                  kScope == Scope::kWarpRows && sizeof(scalar_t) < 8 ? 8 : 1)
+    loss_kernel(const __grid_constant__ Problem<scalar_t> p) {
   using T = Accumulate<scalar_t>;
-  extern __shared__ __align__(16) unsigned char shared[];
-  T* cache = kBlockRow ? nullptr : reinterpret_cast<T*>(shared) + threadIdx.x;
-  const Theta<T> theta = read_theta<T>(p.theta);
-  const T alpha = p.alpha.data ? read_number<T>(p.alpha) : static_cast<T>(p.alpha_number);
-  const int64_t block_rows = blockDim.x / lanes;
+  __shared__ Parameters<T> parameters;
+  if (threadIdx.x == 0) {
+    const double scale = p.mean && p.kept ? p.scale / static_cast<double>(*p.kept) : p.scale;
+    parameters = {read_theta<T>(p.theta), kTeacher ? read_alpha(p) : T(0), T(scale),
+                  static_cast<int>(p.classes), scale};
+  }
+  __syncthreads();
+  const int row_threads = kScope == Scope::kWarpRows ? kLanes : blockDim.x;
+  const int block_rows = blockDim.x / row_threads;
+  const int rows = static_cast<int>(p.rows);
   double sum = 0;
-  // Every thread of a block takes every turn of this loop, for the sums over rows.
-  for (int64_t first = blockIdx.x * block_rows; first < p.rows; first += gridDim.x * block_rows) {
-    sum += row_sum<scalar_t, kVector, kBlockRow>(p, lanes, theta, alpha, first + threadIdx.x / lanes, cache);
+  // Every thread of a block takes every turn of this loop, for the sums over a row's threads.
+  for (int first = blockIdx.x * block_rows; first < rows; first += gridDim.x * block_rows) {
+    const int row = first + threadIdx.x / row_threads;
+    const T f = do_row<kVector, kNumbers, kLanes, kTeacher, kScope>(p, parameters, row);
+    if (p.row_losses && threadIdx.x % row_threads == 0 && row < rows)
+      p.loss[row] = f * parameters.scale;
+    sum += f;
   }
-  finish(p, sum);
+  if (!p.row_losses) finish(p, sum, parameters.loss_scale);
 }
 
-// How a batch is laid over the threads.
-struct Plan {
-  bool block_row;
-  int lanes, threads;
-  unsigned blocks;
-  int64_t cache_bytes;
-};
-
-Plan make_plan(int64_t rows, int64_t vectors, int64_t vector_bytes) {
-  Plan plan{false, 1, kThreads, 1, 0};
-  while (plan.lanes < kWarp && plan.lanes * 4 < vectors) plan.lanes *= 2;  // up to 4 vectors a lane in short rows
-  const int64_t thread_bytes = (vectors + plan.lanes - 1) / plan.lanes * vector_bytes;
-  const int64_t all_threads = (rows * plan.lanes + kWarp - 1) / kWarp * kWarp;
-  if (all_threads <= kMostThreads && all_threads * thread_bytes <= kMostCacheBytes) {
-    plan.threads = static_cast<int>(std::max<int64_t>(all_threads, kWarp));  // one block, which need not wait for others
-  }
-  plan.cache_bytes = plan.threads * thread_bytes;
-  if (plan.cache_bytes > kMostCacheBytes) plan = {true, kMostThreads, kMostThreads, 1, 0};
-  const int64_t block_rows = plan.threads / plan.lanes;
-  plan.blocks = static_cast<unsigned>(std::clamp<int64_t>((rows + block_rows - 1) / block_rows, 1, kMostBlocks));
-  return plan;
+// *kept = how many labels are not ignore_index; one block.
+__global__ void __launch_bounds__(1024)
+    count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, int64_t* kept) {
+  double count = 0;
+  for (int64_t row = threadIdx.x; row < rows; row += blockDim.x)
+    count += labels[row] != ignore_index;
+  count = sum_over_block(count);
+  if (threadIdx.x == 0) *kept = static_cast<int64_t>(count);
 }
 
-template <typename scalar_t, int kVector>
-void launch(const Problem<scalar_t>& p, cudaStream_t stream) {
-  const int64_t numbers = p.teacher_logits ? 2 * kVector : kVector;
-  const Plan plan = make_plan(p.rows, p.classes / kVector, numbers * sizeof(Accumulate<scalar_t>));
-  if (plan.blocks > 1) cudaMemsetAsync(p.blocks_done, 0, sizeof(unsigned), stream);
-  const auto kernel = plan.block_row ? loss_kernel<scalar_t, kVector, true> : loss_kernel<scalar_t, kVector, false>;
-  kernel<<<plan.blocks, plan.threads, plan.cache_bytes, stream>>>(p, plan.lanes);
+// ---- How a batch is laid over the threads -------------------------------------------------------
+
+template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope = Scope::kWarpRows,
+          typename scalar_t>
+void start(const Problem<scalar_t>& p, int threads, int processors, cudaStream_t stream) {
+  const int64_t block_rows = kScope == Scope::kWarpRows ? threads / kLanes : 1;
+  const int64_t resident = int64_t(processors) * 1024 / threads;
+  const int64_t wanted = (p.rows + block_rows - 1) / block_rows;
+  const auto blocks = std::clamp<int64_t>(wanted, 1, std::min<int64_t>(resident, kMostBlocks));
+  constexpr bool kColumns = kTeacher && kScope != Scope::kLongRow;
+  constexpr int column_bytes = kColumns ? kNumbers * sizeof(Accumulate<scalar_t>) : 0;
+  loss_kernel<scalar_t, kVector, kNumbers, kLanes, kTeacher, kScope>
+      <<<static_cast<unsigned>(blocks), threads, column_bytes * threads, stream>>>(p);
+}
+
+template <int kVector, bool kTeacher, typename scalar_t>
+void choose(const Problem<scalar_t>& p, int processors, cudaStream_t stream) {
+  using T = Accumulate<scalar_t>;
+  constexpr bool kDouble = sizeof(T) == 8;
+  constexpr int kFew = kVector == 8 ? 8 : 4, kSome = kDouble ? 8 : 16,
+                kMany = kDouble    ? 8
+                        : kTeacher ? 16
+                                   : 32;
+  // Few numbers a lane have the least delay, many the least work beside them.
+  const bool is_small = p.rows * kWarp <= int64_t(processors) * 1024;
+  int threads = 2 * kWarp;
+  constexpr int kMost = kTeacher ? std::min(kMostColumns, kMostThreads<T>) : kMostThreads<T>;
+  while (threads < kMost && threads * kMany < p.classes) threads *= 2;
+  if (p.classes <= 4 * kFew) {
+    start<kVector, kFew, 4, kTeacher>(p, kThreads, processors, stream);
+  } else if (p.classes <= kWarp * kFew && is_small) {
+    start<kVector, kFew, kWarp, kTeacher>(p, kThreads, processors, stream);
+  } else if (p.classes <= 8 * kSome) {
+    start<kVector, kSome, 8, kTeacher>(p, kThreads, processors, stream);
+  } else if (p.classes <= kWarp * kSome) {
+    start<kVector, kSome, kWarp, kTeacher>(p, kThreads, processors, stream);
+  } else if (p.classes <= kWarp * kMany) {
+    start<kVector, kMany, kWarp, kTeacher>(p, kThreads, processors, stream);
+  } else if (p.classes <= threads * kMany) {
+    start<kVector, kMany, kWarp, kTeacher, Scope::kBlockRow>(p, threads, processors, stream);
+  } else {
+    start<kVector, kFew, kWarp, kTeacher, Scope::kLongRow>(p, threads, processors, stream);
+  }
 }
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-// ---- The backward ----------------------------------------------------------------------------------------------------
+// ---- The backward -------------------------------------------------------------------------------
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* gradient, int64_t size, Real upstream) {
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(scalar_t* gradient, int64_t size, Real upstream) {
   using T = Accumulate<scalar_t>;
   const T factor = read_number<T>(upstream);
   if (factor == 1) return;  // the usual case: loss.backward() with nothing after the loss
   constexpr int kVector = 16 / sizeof(scalar_t);
   auto* vectors = reinterpret_cast<Packed<scalar_t, kVector>*>(gradient);
-  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, threads = int64_t(gridDim.x) * blockDim.x;
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = thread; i < size / kVector; i += threads) {
     auto packed = vectors[i];
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) packed.value[k] = static_cast<scalar_t>(factor * static_cast<T>(packed.value[k]));
+    for (scalar_t& value : packed.value)
+      value = static_cast<scalar_t>(factor * static_cast<T>(value));
     vectors[i] = packed;
   }
   for (int64_t i = size / kVector * kVector + thread; i < size; i += threads) {
@@ -310,24 +514,33 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* gradient, int
 }  // namespace
 
 template <typename scalar_t>
-void launch_loss(const Problem<scalar_t>& p, cudaStream_t stream) {
-  constexpr int kVector = 16 / sizeof(scalar_t);
-  const bool vectors = p.classes % kVector == 0 && is_aligned(p.logits) && is_aligned(p.teacher_logits);
-  vectors ? launch<scalar_t, kVector>(p, stream) : launch<scalar_t, 1>(p, stream);
+void launch_loss(const Problem<scalar_t>& p, int processors, cudaStream_t stream) {
+  constexpr int kVector = sizeof(scalar_t) == 8 ? 1 : 16 / sizeof(scalar_t);
+  const bool vectors =
+      p.classes % kVector == 0 && is_aligned(p.logits) && is_aligned(p.teacher_logits);
+  if (p.kept && p.mean) {
+    count_kernel<<<1, 1024, 0, stream>>>(p.labels, p.rows, p.ignore_index, p.kept);
+  }
+  if (p.teacher_logits) {
+    vectors ? choose<kVector, true>(p, processors, stream) : choose<1, true>(p, processors, stream);
+  } else {
+    vectors ? choose<kVector, false>(p, processors, stream)
+            : choose<1, false>(p, processors, stream);
+  }
 }
 
 template <typename scalar_t>
 void launch_scale(scalar_t* gradient, int64_t size, Real upstream, cudaStream_t stream) {
-  const int64_t blocks = (size + kThreads * 8 - 1) / (kThreads * 8);
-  scale_kernel<<<std::min(blocks, kMostBlocks), kThreads, 0, stream>>>(gradient, size, upstream);
+  const int64_t blocks = std::min<int64_t>((size + kThreads * 8 - 1) / (kThreads * 8), 4096);
+  scale_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(gradient, size, upstream);
 }
 
-#define TAYLORGLO_INSTANTIATE(scalar_t)                              \
-  template void launch_loss(const Problem<scalar_t>&, cudaStream_t); \
-  template void launch_scale(scalar_t*, int64_t, Real, cudaStream_t);
-TAYLORGLO_INSTANTIATE(double)
-TAYLORGLO_INSTANTIATE(float)
-TAYLORGLO_INSTANTIATE(c10::Half)
-TAYLORGLO_INSTANTIATE(c10::BFloat16)
+template void launch_scale(double*, int64_t, Real, cudaStream_t);
+template void launch_scale(float*, int64_t, Real, cudaStream_t);
+template void launch_scale(c10::BFloat16*, int64_t, Real, cudaStream_t);
+template void launch_loss(const Problem<double>&, int, cudaStream_t);
+template void launch_loss(const Problem<float>&, int, cudaStream_t);
+template void launch_loss(const Problem<c10::Half>&, int, cudaStream_t);
+template void launch_loss(const Problem<c10::BFloat16>&, int, cudaStream_t);
 
 }  // namespace taylorglo

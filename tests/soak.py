@@ -1,7 +1,7 @@
 """Kills and damages whole runs, resumes them, and compares log.jsonl and best.pt byte by byte with
 those of an undisturbed run.
 
-    python -m tests.soak [--kills 50 --worker-kills 50 --damages 300 --seed 0] | tee results/soak.txt
+    python -m tests.soak [--kills 50 --worker-kills 50 --damages 300 --seed 0]
 
 A run is a process that carries out `epbt.main`. It is forked from a server that has imported it, so
 that starting one takes no time. Other tests share these tools.
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["epbt", "report", "sklearn.datasets"])
 TIMEOUT = 180  # seconds, after which a run counts as hanging
-CALLS = 90  # about as many calls that change its folder as a run of TINY makes
+CALLS = 75  # about as many calls that change its folder as a run of TINY makes
 TINY = ("--dataset digits --model tests.soak:network --population 4 --generations 4 --epochs 1 "
         "--limit 200 --validation 40 --learning-rate 0.02 --loss-backend reference --workers 1 "
         "--device cpu").split()
@@ -150,6 +150,10 @@ def result(folder):
     return (folder / "log.jsonl").read_bytes(), (folder / "best.pt").read_bytes()
 
 
+def resuming(folder):
+    return ["--resume"] if begun(folder) else []
+
+
 def undisturbed(job, folder):
     run = Run(job, folder)
     assert run.end() == 0, run.said()
@@ -160,7 +164,7 @@ def complete(job, folder, expected):
     """Resume a run, or start one that was killed before it began. Its result must be the expected
     one, and nothing may be evaluated twice."""
     before = {p: p.stat().st_mtime_ns for p in folder.glob("individuals/*.safetensors")}
-    run = Run(job, folder, *(["--resume"] if begun(folder) else []))
+    run = Run(job, folder, *resuming(folder))
     assert run.end() == 0, run.said()
     assert result(folder) == expected, f"another result: {run.said()}"
     again = [p.name for p, t in before.items() if p.exists() and p.stat().st_mtime_ns != t]
@@ -177,7 +181,7 @@ def kills(place, rng, expected, count):
     while outcomes["SIGKILL"] < count:
         inside = rng.random() < 0.5
         before = partial(die_at, int(rng.integers(CALLS)), bool(rng.random() < 0.5))
-        run = Run(PAIR, folder, *(["--resume"] if begun(folder) else []),
+        run = Run(TINY if inside else PAIR, folder, *resuming(folder),
                   before=before if inside else None)
         if not inside:
             run.process.join(rng.uniform(0, 2))
@@ -216,16 +220,17 @@ def damages(place, rng, expected, count):
     for i in range(count):
         folder = place / str(i)
         Run(TINY, folder, before=partial(die_at, int(rng.integers(20, CALLS + 20)), True)).end()
-        path = rng.choice(sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock"))
-        data, at = bytearray(path.read_bytes() or b"x"), rng.random()
-        data[int(at * len(data))] ^= 1 << rng.integers(8)
-        path.write_bytes(rng.choice([data, data[:int(at * len(data))]]) if rng.random() < 0.9 else b"")
+        path = rng.choice(sorted(folder.rglob("*.[!l]*")))
+        data = bytearray(path.read_bytes() or b"x")
+        at = int(rng.integers(len(data)))
+        data[at] ^= 1 << rng.integers(8)
+        path.write_bytes(data[:None if rng.random() < 0.6 else at])
         run = Run(TINY, folder, "--resume")
         if code := run.end():
             assert code == 2 and path.name in run.said().splitlines()[-1], f"{path}: {run.said()}"
         else:
             assert (folder / "log.jsonl").read_bytes() == expected[0], f"{path}: {run.said()}"
-        outcomes["refused in a line that names the file" if code else "resumed to the same log"] += 1
+        outcomes["refused, naming the file" if code else "resumed to an identical log"] += 1
         shutil.rmtree(folder)
     return outcomes
 
@@ -254,12 +259,10 @@ def main():
     asked = vars(parser.parse_args())
     with tempfile.TemporaryDirectory() as place:
         expected = undisturbed(TINY, Path(place) / "undisturbed")
-        for category in (kills, worker_kills, damages):
-            folder = Path(place) / category.__name__
-            folder.mkdir()
-            rng = np.random.default_rng((asked["seed"], *category.__name__.encode()))
-            print(category.__name__, dict(category(folder, rng, expected, asked[category.__name__])),
-                  flush=True)
+        for number, category in enumerate((kills, worker_kills, damages)):
+            (folder := Path(place) / category.__name__).mkdir()
+            rng, count = np.random.default_rng((asked["seed"], number)), asked[category.__name__]
+            print(category.__name__, dict(category(folder, rng, expected, count)), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from models import make_model
 from options import ConfigError
 from records import RunError, read_log
 from taylorglo_ext.reference import reference_loss
-from tests.test_data import write_cifar10, write_svhn
+from tests.test_published import write_cifar10, write_svhn
 
 ROOT = Path(__file__).parents[1]
 
@@ -294,7 +294,7 @@ def refused(capsys, arguments):
     ("--pulsation-period 0", "--pulsation-period 1 0"),
     ("--behaviour-images 0", "--behaviour-images 1 0"),
     ("--validation 0", "--validation 1 0"),
-    ("--limit 300 --validation 300", "--validation 300 299"),
+    ("--limit 300 --validation 300", "--validation 300 290"),
     ("--limit 5000", "--limit 5000 1437"),
     ("--enlarge 0", "--enlarge 1 0"),
     ("--enlarge 1000000000", "--enlarge at most 1000"),

@@ -15,7 +15,6 @@ from evolution import (
     as_dicts,
     best_first,
     crossover,
-    first_step,
     initialize,
     mutate,
     novelty_elites,
@@ -25,7 +24,6 @@ from evolution import (
     select_elites,
     tournament,
 )
-from taylorglo_ext.reference import reference_loss
 
 MANY = 20_000  # draws; a frequency of p then has a standard deviation of at most 0.0035
 CLOSE = 0.016  # more than four of them
@@ -105,31 +103,6 @@ def test_arrays_and_dicts_of_hyperparameters_are_inverses():
 def test_a_range_that_holds_nothing_is_refused(low, high, log):
     with pytest.raises(ValueError, match="variable x: "):
         Variable("x", low, high, log=log)
-
-
-@pytest.mark.parametrize("classes", [2, 10, 100])
-def test_the_first_step_is_the_gradient_of_the_loss_at_the_uniform_prediction(classes):
-    theta = torch.from_numpy(theta_columns(initialize(SEARCH_SPACE, 50, rng())))
-    logits, label = torch.zeros(1, classes, dtype=torch.float64), torch.tensor([1])
-    for t in theta:
-        gradient, = torch.autograd.grad(reference_loss(z := logits.clone().requires_grad_(), label, t), z)
-        # dL/dz of the true class is -(1/n) y (1 - y) first_step, with y = 1/n.
-        expected = -(1 - 1 / classes) / classes**2 * first_step(t.numpy(), classes)
-        assert gradient[0, 1].item() == pytest.approx(expected, rel=1e-9)
-
-
-def test_half_of_all_losses_train_backwards_and_none_of_the_viable():
-    plain = theta_columns(initialize(SEARCH_SPACE, MANY, rng()))
-    assert np.mean(first_step(plain, 10) > 0) == pytest.approx(0.5, abs=CLOSE)  # theta5..7 -> -theta5..7 turns the sign
-    viable = theta_columns(initialize(SEARCH_SPACE, 2000, rng(), viable_for=10))
-    assert (first_step(viable, 10) > 0).all()
-    assert (np.abs(viable) <= 10).all()
-    turned = SEARCH_SPACE[::-1]  # the order of the variables decides nothing
-    assert (first_step(theta_columns(initialize(turned, 200, rng(), viable_for=10)[:, ::-1]), 10) > 0).all()
-    backwards = [Variable(f"theta{i}", -10, -9) if i == 5 else Variable(f"theta{i}", 0, 0.1) for i in range(8)]
-    with pytest.raises(ValueError, match="the search space has hardly any others"):
-        initialize(backwards, 5, rng(), viable_for=10)
-    assert initialize(SEARCH_SPACE[8:], 5, rng(), viable_for=10).shape == (5, 3)  # where no loss is evolved
 
 
 # Step 1: tournament.
@@ -382,7 +355,7 @@ def test_pulsation_with_a_period_of_one():
 
 def every_operator(seed):
     r = rng(seed)
-    h = initialize(SEARCH_SPACE, 8, r, viable_for=10)
+    h = initialize(SEARCH_SPACE, 8, r)
     fitness, behaviour = r.random(8), r.random((8, 20)) < 0.5
     parents = h[tournament(fitness, 8, 2, r)]
     children, mates = crossover(mutate(parents, SEARCH_SPACE, 0.1, 0.2, r), 0.5, r)

@@ -62,6 +62,6 @@ def test_a_folder_of_images_and_a_model_of_torchvision(tmp_path):
         model.load_state_dict(torch.load(tmp_path / "runs" / name / "best.pt", weights_only=True))
         assert read(tmp_path / "runs" / name / "summary.json")["class_names"] == [f"digit {i}" for i in range(10)]
     assert accuracies(printed)[-1] > 0.3
-    tables = (tmp_path / "runs" / "pictures" / "compared" / "tables.md").read_text()
-    assert "| EPBT" in tables and "| Replayed schedule" in tables
+    tables = (tmp_path / "runs" / "pictures" / "compared" / "README.md").read_text(encoding="utf-8")
+    assert "| pictures " in tables and "| pictures-replay " in tables
     shutil.rmtree(tmp_path / "runs")  # 700 MB: pytest keeps its folders

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.run_folders import THETA, alone, evolved, member, write
 from PIL import Image
 
 import figures
@@ -18,6 +17,7 @@ from figures import binary_loss, compare, main, zoom
 from records import RunError
 from tables import epochs_to_pass, group, load_run, paired, tables
 from taylorglo_ext import taylorglo_loss
+from tests.run_folders import THETA, alone, evolved, member, write
 
 
 def cells(text):
@@ -54,7 +54,7 @@ def noise(tmp_path):
     """Two methods, three seeds each, clean and with 40% wrong labels; wrong labels reproduced."""
     for share, loss in ((0.0, 0.0), (0.4, 0.2)):
         for seed in range(3):
-            more = {"memorised": 0.1 + seed / 10} if share else {}
+            more = {"scores": {"memorised": 0.1 + seed / 10}} if share else {}
             write(tmp_path / f"baseline-{share:g}-{seed}", method="baseline", label_noise=share,
                   log=alone(0.5, 0.9 - loss - seed**2 / 100, **more))
             write(tmp_path / f"epbt-{share:g}-{seed}", evolved(0.5, 0.9 + seed / 100, **more),
@@ -191,6 +191,12 @@ def test_free_text_is_drawn_as_it_is(tmp_path, drawn, capsys):
     assert rows == [name.replace("|", "¦") for name in SHOWN]
     assert [text.get_text() for text in drawn["accuracy"].legends[0].get_texts()] == SHOWN
     drawn["accuracy"].savefig(tmp_path / "x.svg")
+
+
+def test_pictures_of_rows_have_names_of_their_own(tmp_path, drawn):
+    names = ["фо то", "фо-то", "ФО-ТО", *(100 * "я" + end for end in "абв")]
+    compare([write(tmp_path / f"{name}-1", evolved(0.5)) for name in names], tmp_path / "out")
+    assert len(drawn) == 1 + 2 * len(names) and max(len(name.encode()) for name in drawn) < 210
 
 
 @pytest.mark.parametrize("name", [NAMES[1], NAMES[3], NAMES[-2], NAMES[-1]])

@@ -4,11 +4,11 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from tests.run_folders import alone, evolved, member, write
 
 import report as module
 from records import RunError
 from report import report
+from tests.run_folders import alone, evolved, member, write
 
 
 class Page(HTMLParser):

@@ -11,14 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
-
-import slots
-import taylorglo_ext
-from errors import RunError
-from settings import settings
-from slots import Slot, Turns, worthwhile_slots
 from test_training import (
     EVOLVED,
     TAYLORGLO,
@@ -30,6 +22,14 @@ from test_training import (
     state_of,
     task,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import slots
+import taylorglo_ext
+from errors import RunError
+from settings import settings
+from slots import Slot, Turns, worthwhile_slots
 from training import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from test_training import Small, assert_close, by_hand, state_of, stripes, task, trainer_of
 from torch import nn
 
 from config import Config
@@ -13,7 +14,6 @@ from data import normalize
 from epbt import evolve
 from errors import ConfigError
 from records import read_log
-from test_training import Small, assert_close, by_hand, state_of, stripes, task, trainer_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

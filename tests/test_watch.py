@@ -3,9 +3,11 @@
 import json
 
 import pytest
-from tests.run_folders import THETA, evolved, write
 
-from records import RunError
+from figures import applied
+from records import RunError, fittest, read_log
+from tables import load_run
+from tests.run_folders import THETA, evolved, write
 from watch import FITNESS, TEST, watched
 
 pytest.importorskip("tensorboard")
@@ -70,3 +72,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (folder / "tensorboard").write_text("a file in its place")
     with pytest.raises(RunError, match="cannot write to .*tensorboard"):
         list(watched((), folder))
+
+
+def test_a_real_run_is_watched_and_its_schedule_is_what_is_drawn(run_epbt):
+    folder = run_epbt("--tensorboard")
+    log, found = read_log(folder), points(folder)
+    best = [fittest(line["population"]) for line in log]
+    assert found[FITNESS] == list(zip((1, 2, 3), (m["fitness"] for m in best), strict=True))
+    rates = [m["applied"]["learning_rate"][-1] for m in best]
+    assert found["fittest/learning_rate"] == list(zip((1, 2, 3), rates, strict=True))
+    assert list(applied(load_run(folder), "learning_rate")) == rates

@@ -13,14 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from test_slots import MEMORY
 
 import workers
 from config import Config
 from data import make_data
 from errors import RunError
 from records import Individual, load_individual
-from test_slots import MEMORY
 from tests.soak import (
     ROOT,
     TINY,

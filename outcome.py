@@ -1,0 +1,90 @@
+"""What a run leaves: its winner as a network and as a schedule, a summary and a report."""
+
+import io
+import json
+from dataclasses import dataclass
+
+import torch
+
+from data import Data
+from errors import message
+from models import make_model
+from records import fittest, load_individual, write_atomic
+from replay import SCHEDULE, schedule
+from training import Network, accuracy, load_tensors, model_tensors
+
+
+@dataclass
+class Outcome:
+    """What a run leaves, beside the files in its folder."""
+
+    model: torch.nn.Module  # the fittest, on the CPU, in evaluation mode, for normalised images
+    data: Data  # as it was split and normalised
+    schedule: dict  # the winner's losses, learning rates and momenta by epoch; see replay.py
+    summary: dict  # as in summary.json
+
+
+def delivered(config, folder, data, best):
+    """The fittest individual as a model on the CPU, in evaluation mode."""
+    model = make_model(config.model, data.num_classes, data.channels, seed=0)
+    state = load_individual(folder.individual_path(best.id))[1]
+    network = Network(model, "cpu", "contiguous")
+    load_tensors(model_tensors(network.tensors()), model_tensors(state))
+    model.eval()
+    return model
+
+
+def finish(config, folder, data, report):
+    """Write best.pt, the schedule, the report and the summary, if it is not done, and return the
+    Outcome."""
+    best = fittest(folder.population)
+    model, plan = delivered(config, folder, data, best), schedule(config, data, folder.read_log())
+    n = folder.evaluated()
+    shared = {name: getattr(config, name) for name in ("method", "dataset", "model", "seed")}
+    summary = shared | dict(
+        fitness=best.fitness, test_accuracy=best.test_accuracy, best=best.record(), evaluations=n,
+        epochs_trained=n * config.epochs, class_names=data.class_names,
+        pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
+    found = accuracy(config, data, model)
+    if found != best.test_accuracy:
+        report(f"WARNING: the delivered model classifies {found:.4f} of the test images correctly, "
+               f"not the {best.test_accuracy:.4f} that were measured when it was trained")
+        summary["delivered_test_accuracy"] = found
+    if folder.finished:
+        return Outcome(model, data, plan, summary)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    write_atomic(folder.path / "best.pt", buffer.getbuffer())
+    for name, content in ((SCHEDULE, plan), ("summary.json", summary)):
+        write_atomic(folder.path / name, (json.dumps(content, indent=2) + "\n").encode())
+    try:
+        from report import report as draw  # here, as matplotlib takes its time
+
+        draw(folder.path)
+    except Exception as error:  # whatever a drawing library raises: the result is saved
+        report(f"the figures and report.html could not be drawn: {type(error).__name__}: "
+               f"{message(error)}")
+    return Outcome(model, data, plan, summary)
+
+
+def formula(t):
+    """Eq. 2 with the eight numbers of theta, x the label and y the softmax."""
+    a, b = f"(y {0 - t[1]:+.3g})", f"(x {0 - t[0]:+.3g})"
+    factors = t[2], t[3] / 2, t[4] / 6, t[5], t[6] / 2, t[7] / 2
+    terms = zip(factors, (a, a + "^2", a + "^3", b + a, b + a + "^2", b + "^2" + a), strict=True)
+    return "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"
+
+
+def print_outcome(config, summary):
+    best, h = summary["best"], summary["best"]["hyperparameters"]
+    on = " (on images it was trained on)" if config.trains_on_all else ""
+    print(f"\nbest individual {best['id']}: fitness {best['fitness']:.4f}{on}, "
+          f"test accuracy {best['test_accuracy']:.4f}")
+    if best["diverged"]:
+        print("every network diverged: no weights are finite; a lower --learning-rate may help")
+    if h:
+        print("hyperparameters: " + ", ".join(f"{name} {x:.4g}" for name, x in h.items()))
+    if "theta0" in h:
+        print(formula(best["applied"]["theta"]) + " + cross-entropy" * config.add_cross_entropy)
+    print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained")
+    print(f"weights, log, schedule, figures and report.html are in {config.out}")
