@@ -49,7 +49,7 @@ from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest, read_config
 from replay import checked_schedule, replay, replay_config
 from settings import settings
-from stopwatch import Stopwatch
+from stopwatch import Stopwatch, process_age
 from training import HYPERPARAMETERS
 from trial import tried
 from watch import watched

@@ -40,7 +40,8 @@ class Network:
     """A model on its device with the momentum of its SGD: all that a child inherits (Sec. 3.2)."""
 
     def __init__(self, model, device, layout):
-        self.model = model.to(device)
+        model.to(device)  # and what it returns is its own affair
+        self.model = model
         if layout == "channels-last":
             for p in model.parameters():
                 if p.ndim == 4:
@@ -64,10 +65,16 @@ def named_tensors(model):
 
 
 def plain_attributes(model):
-    """{"layer.name": value} of what the model's modules keep outside their parameters and buffers, comparable."""
+    """{"layer.name": value} of what the model's modules keep outside their parameters and buffers,
+    comparable."""
+    def comparable(value):
+        if isinstance(value, torch.Tensor):
+            return id(value), value._version
+        return repr((value, getattr(value, "__dict__", None)))
+
     usual = vars(torch.nn.Module())
-    return {f"{path}.{key}".lstrip("."): (id(value), value._version) if isinstance(value, torch.Tensor) else repr(value)
-            for path, module in model.named_modules() for key, value in vars(module).items() if key not in usual}
+    return {f"{path}.{key}".lstrip("."): comparable(value) for path, module in model.named_modules()
+            for key, value in vars(module).items() if key not in usual}
 
 
 @torch.no_grad()
@@ -233,7 +240,10 @@ class Trainer:
             self.approach(1 / (self.steps * self.config.epochs * self.config.average_weights))
 
     def laid_out(self, images):
-        return images if self.config.layout == "channels-last" else images.contiguous()
+        if self.config.layout == "channels-last":
+            return images
+        # a copy, since contiguous() leaves grey images with the strides of channels last
+        return images.clone(memory_format=torch.contiguous_format)
 
     def logits(self, model, images):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
@@ -340,7 +350,8 @@ def accuracy(config, data, model):
     """The share of the test images that a model classifies correctly."""
     with settings(config):
         trainer = Trainer(config, data.to(config.device))
-        trainer.scored = Network(model.eval(), trainer.device, config.layout)
+        model.eval()
+        trainer.scored = Network(model, trainer.device, config.layout)
         right = trainer.test.accuracy()
         model.cpu()
         return right
