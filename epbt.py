@@ -86,9 +86,9 @@ def epbt(config, space, data, workers, run):
             N = newborn(M, g, as_dicts(space, h), parents, mates, teacher)
             # Step 3b: preserve the k fittest of M_g, or the most novel of its m fittest.
             novel = pulse(g, config.pulsation_period, config.novelty)
-            behaviour = np.stack([m.correct for m in alive])
-            elites = [alive[i] for i in select_elites(fitness, behaviour, k, config.m,
-                                                      config.behaviour_images, novel, rng)]
+            right = np.stack([m.correct for m in alive])
+            top = select_elites(fitness, right, k, config.m, config.behaviour_images, novel, rng)
+            elites = [alive[i] for i in top]
         # Step 3a: train the children, distilled from the best of M_g (Sec. 3.5), and score them.
         N = workers.evaluate(N, teacher, alpha)
         # Step 3c: together they are the next population, the oldest first.
@@ -107,8 +107,7 @@ def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
     return N
 
 
-METHODS = {"epbt": epbt, "pbt": pbt, "baseline": independent, "random": independent,
-           "replay": replay}
+METHODS = dict(epbt=epbt, pbt=pbt, baseline=independent, random=independent, replay=replay)
 
 
 def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None,
@@ -121,8 +120,9 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     space: the evolved variables, as (*config.search_space(), Variable("weight_decay", 0, 1e-3)).
     report: called with each line for people. fitness: called as fitness(logits, labels) on tensors
     (N, classes) and (N,) of the validation images, higher is better; None is config.fitness.
-    clock: a Stopwatch of what came before. Raises ConfigError, DataError, RunError and
-    taylorglo_ext.BackendError, whose messages are clear lines."""
+    clock: a Stopwatch of what came before.
+    Raises ConfigError, DataError, RunError and taylorglo_ext.BackendError, whose messages are
+    clear lines."""
     clock = clock or Stopwatch()
     if make_model is not None:
         name = import_name(make_model, "make_model(num_classes=..., in_channels=...)")
@@ -152,9 +152,9 @@ def run(config, train, test, space, report, clock):
     space = config.search_space(data.augmentation.cutout) if space is None else space
     space = checked_space(space, HYPERPARAMETERS)
     clock.lap("data")
-    config = replace(config, loss_backend=taylorglo_ext.load(config.loss_backend, config.device))
+    backend = taylorglo_ext.load(config.loss_backend, config.device)
     clock.lap("loss")
-    config = tried(config, data, report)
+    config = tried(replace(config, loss_backend=backend), data, report)
     clock.lap("trial")
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
                                     "space": [list(vars(v).values()) for v in space]}
@@ -172,9 +172,8 @@ def run(config, train, test, space, report, clock):
                 report(f"ready in {clock}")
                 workers = Workers(pool, folder, bar)
                 generations = METHODS[config.method](config, space, data, workers, folder)
-                if config.tensorboard:
-                    generations = watched(generations, folder.path)
-                for g, M in generations:
+                for g, M in (watched(generations, folder.path) if config.tensorboard
+                             else generations):
                     with bar.external_write_mode():
                         report(progress_line(config, g, M, folder.evaluated()))
         return finish(config, folder, data, report)
@@ -201,7 +200,7 @@ def settled(config):
     if images.is_dir() and Path(out).resolve().is_relative_to(images.resolve()):
         raise ConfigError(f"--out {out} must not lie within --dataset {images}, where each folder "
                           "is a class")
-    if any(name.startswith("__main__:") for name in (config.model, config.fitness)):
+    if "__main__" in (config.model.split(":")[0], config.fitness.split(":")[0]):
         if config.workers > 1 or device != "cpu":
             raise ConfigError("worker processes cannot find a function that is in no file, as in a "
                               "notebook: put it into one, or use workers=1 on a CPU")
@@ -211,8 +210,7 @@ def settled(config):
 
 def folder_name(config):
     data = os.path.basename(os.path.normpath(config.dataset))
-    name = os.path.join("runs", f"{config.method}-{data}-{config.seed}")
-    return os.path.expanduser(config.out or name)
+    return os.path.expanduser(config.out or f"runs/{config.method}-{data}-{config.seed}")
 
 
 def make_pool(config, data):
@@ -226,18 +224,17 @@ def make_pool(config, data):
     return Processes(config, data, config.workers)
 
 
-def read_data(config, train, test):
+def read_data(c, train, test):
     """The data of a run."""
-    names = ("seed", "validation", "enlarge", "limit", "augmentation", "label_noise",
-             "label_noise_kind")
-    shared = dict(train_on_all=config.trains_on_all, **{x: getattr(config, x) for x in names})
+    shared = dict(seed=c.seed, validation=c.validation, enlarge=c.enlarge, limit=c.limit,
+                  augmentation=c.augmentation, train_on_all=c.trains_on_all,
+                  label_noise=c.label_noise, label_noise_kind=c.label_noise_kind)
     if train is not None or test is not None:
         return make_data(train, test, **shared)
-    if config.dataset == "custom":
+    if c.dataset == "custom":
         raise ConfigError("no data: name a data set, or give train and test to evolve() "
                           "(with resume=True to go on)")
-    return load_data(config.dataset, config.data_root, image_size=config.image_size,
-                     download=config.download, **shared)
+    return load_data(c.dataset, c.data_root, c.image_size, c.download, **shared)
 
 
 def cost(config):
@@ -258,11 +255,13 @@ def command_line(arguments):
     """The Config of a command line. What it leaves out is as in the run's folder with --resume,
     else as in the schedule of --replay, else as for the data set. Raises ConfigError, RunError."""
     typed = [a for a in arguments if a not in ("-h", "--help")]
-    first = parsed(Config("", preset=""), typed)
+    # What is typed is the same whatever the default.
+    first, other = (parsed(Config(x, preset=y), typed) for x, y in (("", "paper"), ("-", "best")))
+    named = {name: getattr(first, name) for name in ("dataset", "preset")
+             if getattr(first, name) == getattr(other, name)}
     start = replay_config(first.replay) if first.replay else {"dataset": "digits"}
-    named = {"dataset": first.dataset, "preset": first.preset}
-    start, stored = Config(**start | {name: x for name, x in named.items() if x}), {}
-    if first.resume:
+    start, stored = Config(**start | named), {}
+    if first.resume and not first.overwrite:
         out = folder_name(parsed(start, typed))
         stored = {name: x for name, x in read_config(out).items() if hasattr(start, name)}
         start = replace(start, **stored)
@@ -301,9 +300,8 @@ def main(arguments=None):
         print("\n".join(f"epbt.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        how = " before the run began"
-        if config and begun(config.out):
-            how = f"; go on with: python epbt.py --resume --out {shlex.quote(config.out)}"
+        how = f"; go on with: python epbt.py --resume --out {shlex.quote(config.out)}" if (
+            config and begun(config.out)) else " before the run began"
         print(f"\ninterrupted{how}", file=sys.stderr)
         sys.exit(130)
     print_outcome(config, outcome.summary)

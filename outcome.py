@@ -30,7 +30,8 @@ def delivered(config, folder, data, best):
     state = load_individual(folder.individual_path(best.id))[1]
     network = Network(model, "cpu", "contiguous")
     load_tensors(model_tensors(network.tensors()), model_tensors(state))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def finish(config, folder, data, report):

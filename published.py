@@ -29,7 +29,7 @@ def published(title, how):
 
 
 def read_digits(root, download):
-    """The 1,797 digits of scikit-learn, 8x8, from its file, since to import it takes a second."""
+    """The 1,797 digits of scikit-learn, 8x8, from its file, since its import takes a second."""
     (package,) = importlib.util.find_spec("sklearn").submodule_search_locations
     with gzip.open(Path(package, "datasets", "data", "digits.csv.gz"), "rt") as file:
         table = np.loadtxt(file, dtype=np.int64, delimiter=",")  # 64 pixels, 0..16, and the label
@@ -48,7 +48,7 @@ def read_fashion(root, download):
     with published("Fashion-MNIST", "install Debian's package dataset-fashion-mnist, or put the "
                    f"*-ubyte.gz of https://github.com/zalandoresearch/fashion-mnist into {root}"):
         if download and not all(map(find, FASHION)):
-            from torchvision.datasets import FashionMNIST  # here, since it takes a second
+            from torchvision.datasets import FashionMNIST  # here, since its import takes a second
 
             FashionMNIST(root, download=True)
         if missing := [name for name in FASHION if find(name) is None]:

@@ -52,7 +52,7 @@ def wanted(config):
     """(getter, setter, value) of each setting."""
     yield torch.get_num_threads, torch.set_num_threads, config.threads
     yield torch.get_default_dtype, torch.set_default_dtype, torch.float32
-    # As torch.use_deterministic_algorithms, which takes a second: it imports PyTorch's compiler.
+    # As torch.use_deterministic_algorithms, which imports PyTorch's compiler: a second.
     yield (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode,
            "error" if config.deterministic else "default")
     yield flushes_denormals, torch.set_flush_denormal, False

@@ -1,12 +1,14 @@
-"""Several individuals on one GPU: streams, captured CUDA graphs, turns, random states (Sec. 3.1, last paragraph).
+"""Several individuals on one GPU: streams, CUDA graphs, turns, random states (Sec. 3.1, last par.).
 
-A slot is a Trainer whose steps are captured once as a CUDA graph and then replayed. The slots of a GPU take turns
-within one thread: each queues a few steps on its own stream, and the GPU works on all streams at once.
+A slot is a Trainer whose steps are captured once as a CUDA graph and then replayed. The slots of a
+GPU take turns within one thread: each queues a few steps on its own stream, and the GPU works on
+all streams at once.
 """
 
 import hashlib
 import json
 import os
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,26 +22,26 @@ from records import Individual, write_atomic
 from training import Task, Trainer, load_tensors, named_tensors, plain_attributes
 
 STEPS_A_TURN = 8  # steps that a slot queues before the next slot has its turn
-WARM_UP = 3  # steps before a capture, as PyTorch asks: libraries allocate and choose in the first ones
+WARM_UP = 3  # steps before a capture, as PyTorch asks: libraries allocate and choose in the first
 MOST_SLOTS = 16
 REHEARSAL = 25  # training steps by which throughput is measured
 WORTHWHILE = 1.1  # twice the slots must raise a GPU's throughput by this factor
 
 
 class Slot(Trainer):
-    """A Trainer with a stream and graphs of its own. With config.no_graphs it launches each operation by itself."""
+    """A Trainer with a stream and graphs of its own. With config.no_graphs it launches each
+    operation by itself."""
 
     def __init__(self, config, data):
         super().__init__(config, data)
         self.captured = not config.no_graphs
         self.graphs, self.network, self.random_states = {}, None, None
-        self.rates = torch.zeros(3, device=self.device)  # learning rate, momentum, weight decay
         self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         self.generator = torch.Generator(self.device)
-        torch.cuda.synchronize(self.device)  # what was made on the default stream is about to be used on another
+        torch.cuda.synchronize(self.device)  # what the default stream made is used on another now
 
     def make_networks(self, seed):
-        """The first time, make the networks, capture their steps; then fill them with new weights."""
+        """The first time, make networks and capture their steps; then fill them with new weights."""
         if not self.captured:
             return super().make_networks(seed)
         if self.network is None:
@@ -47,31 +49,13 @@ class Slot(Trainer):
             super().make_networks(seed)
             self.distilled = distilled
         # These flags change the operations, so each combination needs its own graph.
-        self.kind = self.distilled, self.has_theta, self.augmentation.cutout > 0, self.h["weight_decay"] > 0
+        self.kind = (self.distilled, self.has_theta, self.augmentation.cutout > 0,
+                     self.h["weight_decay"] > 0)
         self.graph(self.step)  # before the weights are loaded, since its first steps change them
         load_tensors(self.network.tensors(), self.new_network(seed).tensors())
 
-    def set_rates(self, rates):
-        if not self.captured:
-            return super().set_rates(rates)
-        self.rates.copy_(rates)
-
-    @torch.no_grad()
-    def sgd(self):
-        """v = momentum v + gradient + decay w; w = w - rate v, as torch.optim.SGD. That one takes the momentum as a
-        Python number, which a captured graph would freeze."""
-        if not self.captured:
-            return super().sgd()
-        learning_rate, momentum, weight_decay = self.rates.unbind()
-        weights, gradients, velocities = self.network.trained()
-        if self.kind[-1]:
-            gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, weight_decay))
-        torch._foreach_mul_(velocities, momentum)
-        torch._foreach_add_(velocities, gradients)
-        torch._foreach_sub_(weights, torch._foreach_mul(velocities, learning_rate))
-
     def repeat(self, step, count):
-        """Take a step so many times, giving other slots their turns, and return when the GPU has done them."""
+        """Take a step so many times, giving other slots their turns, until the GPU has done them."""
         if self.captured:
             step = self.graph(step)
         self.position.zero_()
@@ -93,7 +77,7 @@ class Slot(Trainer):
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     step()
-            except torch.AcceleratorError as error:  # the end of a capture in which something else was raised
+            except torch.AcceleratorError as error:  # the capture's end; its context is the cause
                 if out_of_memory(error):
                     raise
                 self.cannot_capture(f"({message(error.__context__ or error)})", error)
@@ -101,48 +85,49 @@ class Slot(Trainer):
         return self.graphs[key]
 
     def warm_up(self, step):
-        """A few steps without a graph. What a graph would freeze must not change in the last of them."""
-        for i in range(WARM_UP):
-            if i == WARM_UP - 1:
-                before = self.frozen_by_capture()
+        """A few steps without a graph. They must not change what a graph would freeze."""
+        before = self.frozen_by_capture()
+        for _ in range(WARM_UP):
             self.position.zero_()
             step()
-        after = self.frozen_by_capture()
-        if changed := [what for what in before if before[what] != after.get(what)]:
-            self.cannot_capture(f"as each step changes {changed[0]}, which a graph would freeze")
+            after = self.frozen_by_capture()
+            if changed := [what for what in after if after[what] != before.get(what)]:
+                self.cannot_capture(f"as it changes {changed[0]}, which a graph would freeze")
 
     def frozen_by_capture(self):
-        """{what: its value now} for all that a graph takes from Python: where tensors are, random states, attributes."""
+        """{what: its value now} for all that a graph takes from Python: where tensors are, random
+        states, attributes."""
         model, (_, numpy_state, python_state) = self.network.model, random_states()
-        found = {f"the tensor {name}": (id(t), t.data_ptr(), t.shape) for name, t in named_tensors(model)}
-        found |= {f"the attribute {name}": value for name, value in plain_attributes(model).items()}
+        found = {f"the attribute {name}": value for name, value in plain_attributes(model).items()}
+        found |= {f"the tensor {name}": (id(t), t.data_ptr(), t.shape, t.stride(), t.requires_grad)
+                  for name, t in named_tensors(model)}
         return found | {"the state of NumPy's random generator": repr(numpy_state),
                         "the state of Python's random generator": python_state}
 
     def cannot_capture(self, why, error=None):
-        raise RunError(f"model {self.config.model}: its training step cannot be captured as a CUDA graph {why}; use "
-                       "--no-graphs") from error
+        raise RunError(f"model {self.config.model}: its training step cannot be captured as a CUDA "
+                       f"graph {why}; use --no-graphs") from error
 
     def rehearse(self, count):
         """So many training steps as most of the run's are, of a slot that has evaluated nothing."""
         if self.network is None:
-            names = (f"theta{i}" for i in range(8) if self.config.evolves_theta)
-            h = self.config.fixed(self.data.augmentation.cutout) | dict.fromkeys(names, 1.0)
+            theta = dict.fromkeys((f"theta{i}" for i in range(8)), 1.0)
+            h = self.config.fixed(self.data.augmentation.cutout)
             stand_in = Path("stand-in") if self.config.distillation else None
-            self.set_hyperparameters(h, Task(Individual(0, 0, {}), Path(), teacher=stand_in))
+            self.set_hyperparameters(h | (theta if self.config.evolves_theta else {}),
+                                     Task(Individual(0, 0, {}), Path(), teacher=stand_in))
             self.make_networks(seed=0)
-            self.set_rates(torch.zeros(3))
         while count > 0:
             self.repeat(self.step, min(count, self.steps))
             count -= self.steps
 
     @contextmanager
     def turn(self):
-        """Within it, this slot's stream and its states of the global random generators are the current ones."""
+        """Within it, this slot's stream and states of the global random generators are in use."""
         generator = torch.cuda.default_generators[self.stream.device_index]
         before = generator.graphsafe_get_state()
-        # A graph reads its random state on the device when it runs: with one state for all slots, one slot would
-        # overwrite what another's graph is about to read.
+        # A graph reads its random state on the device when it runs: with one state for all, a slot
+        # would overwrite what another's graph is about to read.
         generator.graphsafe_set_state(self.generator)
         try:
             with random_states_kept(), torch.cuda.stream(self.stream):
@@ -170,7 +155,8 @@ class Turns:
         self.busy[slot] = greenlet(lambda: call(*arguments))
 
     def step(self):
-        """Give each busy slot its turn. Returns [(slot, what its call returned)] of those that came to their end."""
+        """Give each busy slot its turn. Returns [(slot, what its call returned)] of those that
+        ended."""
         ended = []
         for slot, running in list(self.busy.items()):
             with slot.turn():
@@ -199,8 +185,8 @@ def throughput(slots):
 
 
 def worthwhile_slots(config, data):
-    """As many slots as pay: their number is doubled while that raises the throughput by a tenth, within the memory.
-    The number that was found is remembered for the same GPU, model, precision, batch and version of PyTorch."""
+    """As many slots as pay: their number is doubled while that raises the throughput by a tenth,
+    within the memory. It is remembered for the same GPU, model, precision, batch and PyTorch."""
     memory = remembered(config, data)
     slots, best = [], 0.0
     known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None
@@ -218,26 +204,34 @@ def worthwhile_slots(config, data):
         if images < best * WORTHWHILE:
             break
         slots, best = [*slots, *more], images
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(memory, json.dumps(len(slots)).encode())
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(memory, json.dumps(len(slots)).encode())
+    except (OSError, RunError) as error:
+        print(f"the number of slots is not remembered: {message(error)}", file=sys.stderr)
     return slots
 
 
 def remembered(config, data):
     """The file that remembers how many slots pay."""
-    what = [torch.__version__, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1], config.model, config.precision,
-            config.layout, config.batch_size, config.distillation > 0, config.average_weights > 0, data.channels,
-            data.height, data.width, data.num_classes, Path(__file__).read_text(encoding="utf-8")]
+    what = [torch.__version__, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1],
+            config.model, config.precision, config.layout, config.batch_size,
+            config.distillation > 0, config.average_weights > 0, data.channels, data.height, data.width,
+            data.num_classes,
+            Path(__file__).read_text(encoding="utf-8")]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "epbt" / f"slots-{key}.json"
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(cache) / "epbt" / f"slots-{key}.json"
 
 
 def out_of_memory(error):
-    """Whether a GPU's memory was too small: cuDNN and CUDA have errors of their own for it, and within a capture the
-    error is the context of another."""
+    """Whether a GPU's memory was too small: cuDNN and CUDA have errors of their own for it, and
+    within a capture the error is the context of another."""
+    words = "out of memory", "unable to find an engine", "ALLOC_FAILED"
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
-                words in str(error) for words in ("out of memory", "unable to find an engine", "ALLOC_FAILED")):
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.optim.sgd import sgd
 
 from augmentation import draw_augmentation, make_batch, normalize
 from data import ImageSet
@@ -41,7 +40,8 @@ class Network:
     """A model on its device with the momentum of its SGD: all that a child inherits (Sec. 3.2)."""
 
     def __init__(self, model, device, layout):
-        self.model = model.to(device)
+        model.to(device)  # and what it returns is its own affair
+        self.model = model
         if layout == "channels-last":
             for p in model.parameters():
                 if p.ndim == 4:
@@ -57,12 +57,6 @@ class Network:
         """Copy a state of the same names, shapes and dtypes into the tensors. Raises RunError."""
         load_tensors(self.tensors(), state)
 
-    def trained(self):
-        """The parameters that have a gradient, their gradients and their momenta: three lists."""
-        found = [(p, p.grad, self.momentum[name]) for name, p in self.model.named_parameters()
-                 if p.grad is not None]
-        return map(list, zip(*found, strict=True))
-
 
 def named_tensors(model):
     """(name, tensor) of every parameter and buffer; a shared one has one name."""
@@ -71,10 +65,16 @@ def named_tensors(model):
 
 
 def plain_attributes(model):
-    """{"layer.name": value} of what the model's modules keep outside their parameters and buffers, comparable."""
+    """{"layer.name": value} of what the model's modules keep outside their parameters and buffers,
+    comparable."""
+    def comparable(value):
+        if isinstance(value, torch.Tensor):
+            return id(value), value._version
+        return repr((value, getattr(value, "__dict__", None)))
+
     usual = vars(torch.nn.Module())
-    return {f"{path}.{key}".lstrip("."): (id(value), value._version) if isinstance(value, torch.Tensor) else repr(value)
-            for path, module in model.named_modules() for key, value in vars(module).items() if key not in usual}
+    return {f"{path}.{key}".lstrip("."): comparable(value) for path, module in model.named_modules()
+            for key, value in vars(module).items() if key not in usual}
 
 
 @torch.no_grad()
@@ -113,6 +113,7 @@ class Trainer:
         self.draws = torch.zeros(self.steps * self.batch, 5, **integers)
         self.cutout = torch.zeros((), **integers)
         self.alpha, self.total_loss = (torch.zeros((), device=self.device) for _ in range(2))
+        self.rates = torch.zeros(3, device=self.device)  # learning rate, momentum, weight decay
         self.taylorglo = TaylorGLOLoss(torch.zeros(8), config.add_cross_entropy).to(self.device)
         self.validation, self.test = (Classifier(self, part) for part in (data.validation, data.test))
         self.mislabelled = None
@@ -192,15 +193,11 @@ class Trainer:
             rate = learning_rate(self.h, clock, self.config)
             individual.applied["learning_rate"].append(rate)
             # What is beyond float32 becomes infinite, and the network diverges.
-            rates = torch.tensor((rate, self.h["momentum"], self.h["weight_decay"]), dtype=torch.float64)
-            self.set_rates(rates.float())
+            rates = rate, self.h["momentum"], self.h["weight_decay"]
+            self.rates.copy_(torch.tensor(rates, dtype=torch.float64))
             individual.loss = finite_or_none(self.train_epoch(rng))
             if individual.loss is None:
                 break
-
-    def set_rates(self, rates):
-        """rates: (3,) float32: learning rate, momentum, weight decay."""
-        self.rates = rates
 
     def train_epoch(self, rng):
         """One pass over the training images, in a new order, under new augmentations. Returns the mean loss."""
@@ -243,7 +240,10 @@ class Trainer:
             self.approach(1 / (self.steps * self.config.epochs * self.config.average_weights))
 
     def laid_out(self, images):
-        return images if self.config.layout == "channels-last" else images.contiguous()
+        if self.config.layout == "channels-last":
+            return images
+        # a copy, since contiguous() leaves grey images with the strides of channels last
+        return images.clone(memory_format=torch.contiguous_format)
 
     def logits(self, model, images):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
@@ -269,11 +269,18 @@ class Trainer:
 
     @torch.no_grad()
     def sgd(self):
-        """The step of torch.optim.SGD, a class that takes a second, as it imports PyTorch's compiler. Not the
-        fused one, which would mix up weights whose order in memory is not their gradient's."""
-        learning_rate, momentum, weight_decay = self.rates.tolist()
-        sgd(*self.network.trained(), foreach=True, lr=learning_rate, momentum=momentum, weight_decay=weight_decay,
-            dampening=0.0, nesterov=False, maximize=False)
+        """v = momentum v + gradient + decay w; w = w - rate v, as torch.optim.SGD, which takes the
+        momentum as a Python number: a CUDA graph would freeze it."""
+        momentum = self.network.momentum
+        trained = [(p, p.grad, momentum[name])
+                   for name, p in self.network.model.named_parameters() if p.grad is not None]
+        weights, gradients, velocities = map(list, zip(*trained, strict=True))
+        rate, momentum, decay = self.rates.unbind()
+        if self.h["weight_decay"] > 0:
+            gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, decay))
+        torch._foreach_mul_(velocities, momentum)
+        torch._foreach_add_(velocities, gradients)
+        torch._foreach_sub_(weights, torch._foreach_mul(velocities, rate))
 
     @torch.no_grad()
     def approach(self, weight):
@@ -343,7 +350,8 @@ def accuracy(config, data, model):
     """The share of the test images that a model classifies correctly."""
     with settings(config):
         trainer = Trainer(config, data.to(config.device))
-        trainer.scored = Network(model.eval(), trainer.device, config.layout)
+        model.eval()
+        trainer.scored = Network(model, trainer.device, config.layout)
         right = trainer.test.accuracy()
         model.cpu()
         return right

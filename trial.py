@@ -1,7 +1,7 @@
-"""One try of a model before the run: a parent and its distilled child are trained for a few steps on the CPU.
+"""One try of a model before the run: a parent and its distilled child train a few steps on the CPU.
 
-What a run needs of a model is tried, not asked: it trains, a child inherits its tensors by name, and a new model
-that is given its state_dict answers as it does.
+What a run needs of a model is tried, not asked: it trains, twice to the same end; a child inherits
+its tensors by name; and a new model that is given its state_dict answers as it does.
 """
 
 import tempfile
@@ -41,12 +41,14 @@ def tried(config, data, say):
             errors.append(error)
             continue
         if errors:
-            say(f"{config.model} trains on contiguous images; channels last would be faster, but there it raises "
-                f"{type(errors[0]).__name__}: {message(errors[0])}")
+            say(f"{config.model} trains on contiguous images; channels last would be faster, but "
+                f"there it raises {type(errors[0]).__name__}: {message(errors[0])}")
         return replace(config, layout=layout)
     shape = " x ".join(map(str, (data.channels, data.height, data.width)))
-    raise ConfigError(f"--model {config.model}: it cannot be trained on batches of {config.batch_size} images of {shape} "
-                      f"(channels, height, width): {type(errors[0]).__name__}: {message(errors[0])}") from errors[0]
+    error = errors[-1]
+    raise ConfigError(f"--model {config.model}: it cannot be trained on batches of "
+                      f"{config.batch_size} images of {shape} (channels, height, width): "
+                      f"{type(error).__name__}: {message(error)}") from error
 
 
 class Refusal(Exception):
@@ -54,53 +56,68 @@ class Refusal(Exception):
 
 
 def try_model(config, data):
-    batch = min(config.batch_size, len(data.train), 2)  # BatchNorm cannot train on one image, and may have to
+    batch = min(config.batch_size, len(data.train), 2)  # BatchNorm cannot train on one image
     rows = torch.arange(STEPS * batch) % len(data.train)
     some = ImageSet(data.test.images[:2], data.test.labels[:2])
     data = replace(data, validation=some, test=some, train_clean=None,
                    train=ImageSet(data.train.images[rows], data.train.labels[rows]))
-    trainer = Trainer(replace(config, batch_size=batch, epochs=1, fitness="accuracy", generations=2, milestones=()), data)
+    config = replace(config, batch_size=batch, epochs=1, generations=2, milestones=(),
+                     fitness="accuracy")
+    trainer = Trainer(config, data)
     refuse_shared(trainer)
     with tempfile.TemporaryDirectory() as folder:
-        path = [Path(folder) / f"{i}.safetensors" for i in range(2)]
+        paths = [Path(folder) / f"{i}.safetensors" for i in range(3)]
         h = {v.name: v.at(0.5) for v in config.search_space(data.augmentation.cutout)}
-        try:
-            trainer.evaluate(Task(Individual(0, 0, h), path[0]))
-        finally:
-            refuse_changes(config, trainer)
-        trainer.evaluate(Task(Individual(1, 1, h, parent=0, teacher=0), path[1], path[0], path[0], alpha=0.5))
-    refuse_hidden_state(trainer, some)
+        for path in paths[:2]:
+            try:
+                trainer.evaluate(Task(Individual(0, 0, h), path))
+            finally:
+                refuse_changes(trainer)
+        trainer.evaluate(Task(Individual(1, 1, h, 0, teacher=0), paths[2], path, path, alpha=0.5))
+        refuse_hidden_state(trainer, some)
+        if paths[0].read_bytes() != paths[1].read_bytes():
+            raise Refusal("trained twice alike, it ends differently: it keeps something outside "
+                          "its parameters and buffers, or has a random generator of its own; a run "
+                          "could not be repeated or resumed")
 
 
 def refuse_shared(trainer):
-    """Raise Refusal if two models of the factory share a tensor, so that one's training would change the other."""
+    """Raise Refusal if two models of the factory share a tensor: training one changes the other."""
     one, other = (trainer.new_network(seed).model for seed in range(2))
     if {id(t) for _, t in named_tensors(one)} & {id(t) for _, t in named_tensors(other)}:
-        raise Refusal("its factory must make every parameter and buffer anew in each call, and two of its models share "
-                      "some")
+        raise Refusal("its factory must make every parameter and buffer anew in each call, and two "
+                      "of its models share some")
     first = next((leaf for leaf in one.modules() if not list(leaf.children())), None)
-    if isinstance(first, nn.GroupNorm) and first.affine:  # PyTorch 2.11 would take this process with it
-        raise Refusal("PyTorch crashes on a GroupNorm whose input needs no gradient; begin with another layer")
+    if isinstance(first, nn.GroupNorm) and first.affine:  # with PyTorch 2.11 the process dies
+        raise Refusal("PyTorch crashes on a GroupNorm whose input needs no gradient; begin with "
+                      "another layer")
 
 
-def refuse_changes(config, trainer):
-    """Raise Refusal if training has added, removed or resized a tensor, so that no child could inherit it."""
-    described = [{name: f"{t.dtype} {tuple(t.shape)}" for name, t in named_tensors(model)} for model in (
-        trainer.new_network(seed=0).model, trainer.network.model)]
+def refuse_changes(trainer):
+    """Raise Refusal if training has added, removed, resized or replaced a tensor, so that no child
+    could inherit it."""
+    described = [{name: f"{t.dtype} {tuple(t.shape)}" for name, t in named_tensors(model)}
+                 for model in (trainer.new_network(seed=0).model, trainer.network.model)]
     for name in {**described[0], **described[1]}:
         before, after = (d.get(name, "absent") for d in described)
         if before != after:
-            raise Refusal(f"its forward() changes the tensor {name}, {before} in a new model, to {after}: no child could "
-                          "inherit it; a model must make its tensors in __init__ and keep their shapes")
+            raise Refusal(f"its forward() changes the tensor {name}, {before} in a new model, to "
+                          f"{after}: no child could inherit it; a model must make its tensors in "
+                          "__init__ and keep their shapes")
+    trained = {id(p) for p in trainer.optimizer.param_groups[0]["params"]}
+    for name, p in trainer.network.model.named_parameters():
+        if id(p) not in trained:
+            raise Refusal(f"its forward() replaces the parameter {name}, which no optimizer would "
+                          "train; change its data instead")
 
 
 @torch.no_grad()
 def refuse_hidden_state(trainer, image_set):
-    """Raise Refusal if a new model with the trained one's state_dict does not give the same logits."""
+    """Raise Refusal if a new model with the trained one's state_dict gives other logits."""
     # Laid out in memory alike, since other layouts round otherwise.
     model, delivered = trainer.network.model, trainer.new_network(SEED_OF_ANOTHER).model
-    theirs = plain_attributes(delivered)
-    changed = [name for name, value in plain_attributes(model).items() if theirs.get(name) != value]
+    usual = plain_attributes(delivered)
+    changed = [n for n, value in plain_attributes(model).items() if usual.get(n) != value]
     delivered.load_state_dict(model.state_dict())
     logits = []
     for network in (model, delivered):
@@ -110,5 +127,5 @@ def refuse_hidden_state(trainer, image_set):
         logits.append(Classifier(trainer, image_set).logits().copy())
     if not np.array_equal(*logits, equal_nan=True):
         named = f", such as {changed[0]}," if changed else ""
-        raise Refusal(f"its logits depend on something{named} that its state_dict lacks: the delivered model would not be "
-                      "the measured one; register it as a buffer")
+        raise Refusal(f"its logits depend on something{named} that its state_dict lacks: the "
+                      "delivered model would not be the measured one; register it as a buffer")

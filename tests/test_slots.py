@@ -1,0 +1,303 @@
+"""Several individuals on one GPU. Without one, stand-ins play CUDA: a captured graph is the list of
+the operations that a step carried out, and a replay repeats them on the same tensors. So what a
+graph would freeze is frozen here too."""
+
+import contextlib
+import copy
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import (
+    EVOLVED,
+    TAYLORGLO,
+    Small,
+    Whimsical,
+    assert_close,
+    configured,
+    data,
+    state_of,
+    task,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import slots
+import taylorglo_ext
+from errors import RunError
+from settings import settings
+from slots import Slot, Turns, worthwhile_slots
+from training import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Operations(TorchDispatchMode):
+    """Stands in for torch.cuda.CUDAGraph."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise torch.AcceleratorError("operation not permitted when stream is capturing")
+        result = function(*args, **(kwargs or {}))
+        self.done.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, before in self.done:
+            given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+            for old, new in zip(tensors(before), tensors(function(*args, **kwargs)), strict=True):
+                if old.untyped_storage().data_ptr() not in given:  # else it is a view, or in place
+                    old.copy_(new)
+
+
+def tensors(tree):
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def capture(graph, pool, stream):
+    with graph:
+        yield
+
+
+class Generator:
+    """Of the device: it must be the slot's own during its turn."""
+
+    def __init__(self):
+        self.state = self.first = object()
+
+    def graphsafe_get_state(self):
+        return self.state
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.cuda)])
+def device(request, monkeypatch):
+    if request.param == "cpu":
+        event = SimpleNamespace(query=iter([False, True] * 10_000).__next__)
+        stream = SimpleNamespace(device_index=0, record_event=lambda: event)
+        generator = Generator()
+        for name, stand_in in dict(
+                Stream=lambda device: stream, graph_pool_handle=lambda: None, CUDAGraph=Operations,
+                synchronize=lambda device: None, default_generators=[generator], graph=capture,
+                stream=lambda stream: contextlib.nullcontext(),
+                get_device_name=lambda: "a stand-in", mem_get_info=lambda: (1, 2)).items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        # On a CPU these two look at the labels.
+        monkeypatch.setattr(taylorglo_ext, "check_labels", lambda *ignored: None)
+        monkeypatch.setattr(F, "one_hot", lambda labels, n: (labels[:, None] == torch.arange(n)) * 1)
+        yield request.param
+        assert generator.state is generator.first
+    else:
+        yield request.param
+
+
+def slots_of(device, count, model, **given):
+    config = configured(model, device=device, deterministic=device != "cpu", **given)
+    return [Slot(config, data().to(device)) for _ in range(count)]
+
+
+def in_turns(some, tasks):
+    """The states that the tasks end with, evaluated by these slots in turn."""
+    waiting, idle, turns = [copy.deepcopy(t) for t in tasks], list(some), Turns()
+    while waiting or turns.busy:
+        while waiting and idle:
+            slot = idle.pop()
+            turns.begin(slot, slot.evaluate, waiting.pop(0))
+        idle += [slot for slot, _ in turns.step()]
+    return [state_of(t) for t in tasks]
+
+
+def generations(folder):
+    """Tasks whose steps differ in their operations, and in what must not be frozen."""
+    children = [task(folder, 3, EVOLVED | {"cutout": 4.0}, 1, parent=0, teacher=1, alpha=0.4),
+                task(folder, 4, TAYLORGLO | {"momentum": 0.2, "theta6": -4.0}, 1, 1, 0, alpha=0.8),
+                task(folder, 5, {"lr_scale": 1e300}, 1, parent=0, teacher=0, alpha=0.1),
+                task(folder, 6, {}, 1, parent=2, teacher=2, alpha=0.6)]
+    parents = [task(folder, 0, EVOLVED), task(folder, 1, TAYLORGLO | {"cutout": 0.0})]
+    return [*parents, task(folder, 2)], children
+
+
+@pytest.mark.parametrize("given", [{}, dict(average_weights=0.5, add_cross_entropy=True),
+                                   dict(no_graphs=True)], ids=str)
+@pytest.mark.parametrize("model", ["Whimsical", "resnet8"])
+def test_slots_in_turn_train_as_one_alone_and_as_a_plain_trainer(model, given, device, tmp_path):
+    some = slots_of(device, 3, model, **given)
+    plain = Trainer(some[0].config, some[0].data)
+    with settings(plain.config):
+        slots.rehearse(some[1:], 5)  # leaves no trace
+        for tasks in generations(tmp_path):
+            apart = in_turns(some[:1], tasks)
+            states = {t.individual.id: state for t, state in zip(tasks, apart, strict=True)}
+            for state, expected in zip(in_turns(some[1:], tasks), states.values(), strict=True):
+                assert_close(state, expected, rtol=0, atol=0, equal_nan=True)
+            for t in tasks:
+                plain.evaluate(copy.deepcopy(t))
+                assert_close(states[t.individual.id], state_of(t), rtol=1e-3, atol=1e-4,
+                             equal_nan=True)
+    assert all(bool(slot.graphs) != given.get("no_graphs", False) for slot in some)
+
+
+class Drawing(Whimsical):
+    """Draws from the generators of PyTorch, NumPy and Python in every step."""
+
+    def features(self, x):
+        if self.training:
+            x = x + 0.1 * (random.random() + np.random.rand() + torch.rand(1).item())
+        return super().features(x)
+
+
+def test_each_slot_has_random_states_of_its_own(device, tmp_path):
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    slot, *others = slots_of(device, 3, "test_slots:Drawing", no_graphs=True)
+    tasks = [task(tmp_path, i) for i in range(4)]
+    for state, expected in zip(in_turns(others, tasks), in_turns([slot], tasks), strict=True):
+        assert_close(state, expected, rtol=0, atol=0)
+    assert torch.equal(states[0], torch.get_rng_state()) and states[2] == random.getstate()
+    assert states[1] == np.random.get_state()[1].tolist()
+
+
+# What a graph would freeze.
+
+
+class Scheduled(Small):
+    def features(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().features(x)
+
+
+class Hidden(Small):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(num_classes, in_channels)
+        self.schedule = contextlib.ExitStack()  # any object whose repr does not say what it holds
+        self.schedule.calls = 0
+
+    def features(self, x):
+        self.schedule.calls += 1
+        return super().features(x)
+
+
+class FirstOnly(Small):
+    """Initialises itself from the first images that it sees."""
+
+    started = False
+
+    def features(self, x):
+        if not self.started:
+            self.started = True
+            self.fc.weight.data.mul_(x.mean())
+        return super().features(x)
+
+
+class Remade(Small):
+    def features(self, x):
+        self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 1.0)
+        return super().features(x)
+
+
+class Pythons(Small):
+    def features(self, x):
+        return super().features(x) * random.random()
+
+
+class NumPys(Small):
+    def features(self, x):
+        return super().features(x) * float(np.random.rand())
+
+
+class Peeking(Small):
+    """Looks at a number on the host."""
+
+    def features(self, x):
+        return super().features(x) * (1 if x.sum().item() else 2)
+
+
+@pytest.mark.parametrize("model, why", [
+    (Scheduled, "as it changes the attribute calls,"),
+    (Hidden, "as it changes the attribute schedule,"),
+    (FirstOnly, "as it changes the attribute started,"),
+    (Remade, "as it changes the tensor conv.weight,"),
+    (Pythons, "as it changes the state of Python's random generator,"),
+    (NumPys, "as it changes the state of NumPy's random generator,"),
+    (Peeking, "(operation not permitted when stream is capturing)"),
+])
+def test_what_a_graph_would_freeze_is_refused_in_one_line(model, why, device, tmp_path):
+    if device != "cpu" and model is Peeking:
+        pytest.skip("the process does not recover: test_workers.py")
+    name = f"test_slots:{model.__name__}"
+    (slot,) = slots_of(device, 1, name)
+    with pytest.raises(RunError) as error:
+        in_turns([slot], [task(tmp_path)])
+    assert str(error.value).startswith(f"model {name}: its training step cannot be captured as a "
+                                       f"CUDA graph {why}") and "--no-graphs" in str(error.value)
+    in_turns(slots_of(device, 1, name, no_graphs=True), [task(tmp_path)])
+
+
+# How many slots pay.
+
+
+def hidden(error):
+    """As an error within a capture arrives: behind that of the capture's end."""
+    error.__context__ = None
+    outer = RuntimeError("capture failed")
+    outer.__context__ = error
+    return outer
+
+
+MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("out of memory"),
+          RuntimeError("GET was unable to find an engine to execute this computation"),
+          RuntimeError("CUDNN_STATUS_ALLOC_FAILED"), hidden(torch.OutOfMemoryError("too much"))]
+
+
+@pytest.fixture
+def measured(device, monkeypatch, tmp_path):
+    """The number of slots that worthwhile_slots makes where each number has its throughput."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config, images = configured(device=device), data()
+
+    def find(throughputs):
+        def throughput(some):
+            found = throughputs[len(some)]
+            if isinstance(found, Exception):
+                raise found
+            return found
+        monkeypatch.setattr(slots, "throughput", throughput)
+        return len(worthwhile_slots(config, images))
+    return find
+
+
+@pytest.mark.parametrize("throughputs, count", [
+    ({1: 100, 2: 109}, 1), ({1: 100, 2: 111, 4: 120}, 2), ({1: 1, 2: 2, 4: 4, 8: 8, 16: 16}, 16),
+    *(({1: 100, 2: 150, 4: error}, 2) for error in MEMORY)])
+def test_slots_are_doubled_while_it_pays_and_fits_and_remembered(throughputs, count, measured):
+    assert measured(throughputs) == count
+    assert measured({}) == count  # nothing is measured again
+
+
+@pytest.mark.parametrize("throughputs", [{1: MEMORY[0]}, {1: 1, 2: ValueError("another")}])
+def test_an_error_that_fewer_slots_would_not_mend_is_raised(throughputs, measured):
+    with pytest.raises((RuntimeError, ValueError)):
+        measured(throughputs)
+
+
+def test_throughput_is_measured_without_a_trace(device, tmp_path):
+    some = slots_of(device, 2, "Whimsical")
+    expected = in_turns(some, [task(tmp_path)])
+    assert slots.throughput(some) > 0
+    assert_close(in_turns(some, [task(tmp_path)])[0], expected[0], rtol=0, atol=0)
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_costs_nothing_else(measured, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file", encoding="utf-8")
+    assert measured({1: 100, 2: 100}) == 1
+    assert "the number of slots is not remembered: " in capsys.readouterr().err
