@@ -35,7 +35,8 @@ def print_and_write(rows, device, name, folder=None):
     for row in rows:
         records.append(machine | row)
         write_csv(path, tuple(dict.fromkeys(key for r in records for key in r)), records)
-        print("".join(f"{row.get(name, '')!s:{width}}" for name, width in WIDTHS.items()), flush=True)
+        cells = (f"{row.get(name, '')!s:{width}}" for name, width in WIDTHS.items())
+        print("".join(cells), flush=True)
     plot(records, path.with_suffix(".png"))
 
 

@@ -1,7 +1,7 @@
 """Where the time goes until a run's first generation begins, on a machine that has built the loss.
 
-``python -m benchmarks.startup`` prints it, and writes ``benchmarks/results/startup-cpu.txt`` (with a
-GPU, ``-cuda``): the line "ready in ..." of runs on the digits, one after the other. On a GPU the
+``python -m benchmarks.startup`` prints it, and writes ``benchmarks/results/startup-cpu.txt`` (with
+a GPU, ``-cuda``): the line "ready in ..." of runs on the digits, one after the other. On a GPU the
 first run searches the number of slots and the others remember it, and what its worker does after
 its imports is timed apart.
 """

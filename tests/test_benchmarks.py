@@ -63,9 +63,9 @@ def test_the_rows_of_a_gpu_are_in_both_precisions_and_rehearse_the_run(monkeypat
     seen = []
 
     def rehearse(slots, count):
-        seen.extend((s.distilled, s.has_theta, s.config.layout) for s in slots)
         for slot in slots:
             slot.rehearse(min(count, 1))
+            seen.append((slot.distilled, slot.has_theta, slot.config.layout))
 
     monkeypatch.setattr(gpu, "whole", lambda **fields: whole(**fields | {"device": "cpu"}))
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
