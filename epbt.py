@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import sys
-import time
 from contextlib import closing, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +49,7 @@ from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest, read_config
 from replay import checked_schedule, replay, replay_config
 from settings import settings
+from stopwatch import Stopwatch, process_age
 from training import HYPERPARAMETERS
 from trial import tried
 from watch import watched
@@ -86,9 +86,9 @@ def epbt(config, space, data, workers, run):
             N = newborn(M, g, as_dicts(space, h), parents, mates, teacher)
             # Step 3b: preserve the k fittest of M_g, or the most novel of its m fittest.
             novel = pulse(g, config.pulsation_period, config.novelty)
-            behaviour = np.stack([m.correct for m in alive])
-            elites = [alive[i] for i in select_elites(fitness, behaviour, k, config.m,
-                                                      config.behaviour_images, novel, rng)]
+            right = np.stack([m.correct for m in alive])
+            top = select_elites(fitness, right, k, config.m, config.behaviour_images, novel, rng)
+            elites = [alive[i] for i in top]
         # Step 3a: train the children, distilled from the best of M_g (Sec. 3.5), and score them.
         N = workers.evaluate(N, teacher, alpha)
         # Step 3c: together they are the next population, the oldest first.
@@ -107,12 +107,11 @@ def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
     return N
 
 
-METHODS = {"epbt": epbt, "pbt": pbt, "baseline": independent, "random": independent,
-           "replay": replay}
+METHODS = dict(epbt=epbt, pbt=pbt, baseline=independent, random=independent, replay=replay)
 
 
 def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None,
-           report=print, fitness=None):
+           report=print, fitness=None, clock=None):
     """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, for example.
 
     make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so
@@ -121,9 +120,10 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     space: the evolved variables, as (*config.search_space(), Variable("weight_decay", 0, 1e-3)).
     report: called with each line for people. fitness: called as fitness(logits, labels) on tensors
     (N, classes) and (N,) of the validation images, higher is better; None is config.fitness.
+    clock: a Stopwatch of what came before.
     Raises ConfigError, DataError, RunError and taylorglo_ext.BackendError, whose messages are
     clear lines."""
-    begin = time.perf_counter()
+    clock = clock or Stopwatch()
     if make_model is not None:
         name = import_name(make_model, "make_model(num_classes=..., in_channels=...)")
         config = replace(config, model=name)
@@ -135,22 +135,27 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     elif augmentation is not None:
         raise ConfigError("augmentation is for data that are given; else it is in the config")
     config = settled(config)
+    clock.lap("import")
     if config.workers != 1 and config.backend == "processes":
         start_server()  # it has imported PyTorch by the time the data is read
     with settings(replace(config, device="cpu")):
-        return run(config, train, test, space, report, begin)
+        return run(config, train, test, space, report, clock)
 
 
-def run(config, train, test, space, report, begin):
-    """Carry out a run whose config is settled. begin: when it was called."""
+def run(config, train, test, space, report, clock):
+    """Carry out a run whose config is settled."""
+    clock.lap("loss")
     data = read_data(config, train, test)
     for line in (cost(config), *data.describe()):
         report(line)
     tried_metric(config.fitness, data)
     space = config.search_space(data.augmentation.cutout) if space is None else space
     space = checked_space(space, HYPERPARAMETERS)
+    clock.lap("data")
     backend = taylorglo_ext.load(config.loss_backend, config.device)
+    clock.lap("loss")
     config = tried(replace(config, loss_backend=backend), data, report)
+    clock.lap("trial")
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
                                     "space": [list(vars(v).values()) for v in space]}
     if config.replay:
@@ -163,12 +168,12 @@ def run(config, train, test, space, report, begin):
             with (tqdm(initial=done, total=total, unit=" networks", disable=None) as bar,
                   closing(make_pool(config, data)) as pool):
                 folder.begin()  # now that the workers stand, --overwrite may clear the old run
-                report(f"ready in {time.perf_counter() - begin:.1f} s")
+                clock.lap("workers")
+                report(f"ready in {clock}")
                 workers = Workers(pool, folder, bar)
                 generations = METHODS[config.method](config, space, data, workers, folder)
-                if config.tensorboard:
-                    generations = watched(generations, folder.path)
-                for g, M in generations:
+                for g, M in (watched(generations, folder.path) if config.tensorboard
+                             else generations):
                     with bar.external_write_mode():
                         report(progress_line(config, g, M, folder.evaluated()))
         return finish(config, folder, data, report)
@@ -195,7 +200,7 @@ def settled(config):
     if images.is_dir() and Path(out).resolve().is_relative_to(images.resolve()):
         raise ConfigError(f"--out {out} must not lie within --dataset {images}, where each folder "
                           "is a class")
-    if any(name.startswith("__main__:") for name in (config.model, config.fitness)):
+    if "__main__" in (config.model.split(":")[0], config.fitness.split(":")[0]):
         if config.workers > 1 or device != "cpu":
             raise ConfigError("worker processes cannot find a function that is in no file, as in a "
                               "notebook: put it into one, or use workers=1 on a CPU")
@@ -205,8 +210,7 @@ def settled(config):
 
 def folder_name(config):
     data = os.path.basename(os.path.normpath(config.dataset))
-    name = os.path.join("runs", f"{config.method}-{data}-{config.seed}")
-    return os.path.expanduser(config.out or name)
+    return os.path.expanduser(config.out or f"runs/{config.method}-{data}-{config.seed}")
 
 
 def make_pool(config, data):
@@ -220,18 +224,17 @@ def make_pool(config, data):
     return Processes(config, data, config.workers)
 
 
-def read_data(config, train, test):
+def read_data(c, train, test):
     """The data of a run."""
-    names = ("seed", "validation", "enlarge", "limit", "augmentation", "label_noise",
-             "label_noise_kind")
-    shared = dict(train_on_all=config.trains_on_all, **{x: getattr(config, x) for x in names})
+    shared = dict(seed=c.seed, validation=c.validation, enlarge=c.enlarge, limit=c.limit,
+                  augmentation=c.augmentation, train_on_all=c.trains_on_all,
+                  label_noise=c.label_noise, label_noise_kind=c.label_noise_kind)
     if train is not None or test is not None:
         return make_data(train, test, **shared)
-    if config.dataset == "custom":
+    if c.dataset == "custom":
         raise ConfigError("no data: name a data set, or give train and test to evolve() "
                           "(with resume=True to go on)")
-    return load_data(config.dataset, config.data_root, image_size=config.image_size,
-                     download=config.download, **shared)
+    return load_data(c.dataset, c.data_root, c.image_size, c.download, **shared)
 
 
 def cost(config):
@@ -252,11 +255,13 @@ def command_line(arguments):
     """The Config of a command line. What it leaves out is as in the run's folder with --resume,
     else as in the schedule of --replay, else as for the data set. Raises ConfigError, RunError."""
     typed = [a for a in arguments if a not in ("-h", "--help")]
-    first = parsed(Config("", preset=""), typed)
+    # What is typed is the same whatever the default.
+    first, other = (parsed(Config(x, preset=y), typed) for x, y in (("", "paper"), ("-", "best")))
+    named = {name: getattr(first, name) for name in ("dataset", "preset")
+             if getattr(first, name) == getattr(other, name)}
     start = replay_config(first.replay) if first.replay else {"dataset": "digits"}
-    named = {"dataset": first.dataset, "preset": first.preset}
-    start, stored = Config(**start | {name: x for name, x in named.items() if x}), {}
-    if first.resume:
+    start, stored = Config(**start | named), {}
+    if first.resume and not first.overwrite:
         out = folder_name(parsed(start, typed))
         stored = {name: x for name, x in read_config(out).items() if hasattr(start, name)}
         start = replace(start, **stored)
@@ -283,21 +288,20 @@ def parsed(start, arguments):
 
 def main(arguments=None):
     """The command line. Exit code 2 and one line a mistake for what the user can mend."""
-    config = None
+    config, clock = None, Stopwatch(process_age() if arguments is None else 0.0)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a letter
     try:
         config = settled(command_line(sys.argv[1:] if arguments is None else arguments))
         if config.plan:
             return print(cost(config))
-        outcome = evolve(config)
+        outcome = evolve(config, clock=clock)
     except (ConfigError, DataError, RunError, taylorglo_ext.BackendError) as error:
         print("\n".join(f"epbt.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        how = " before the run began"
-        if config and begun(config.out):
-            how = f"; go on with: python epbt.py --resume --out {shlex.quote(config.out)}"
+        how = f"; go on with: python epbt.py --resume --out {shlex.quote(config.out)}" if (
+            config and begun(config.out)) else " before the run began"
         print(f"\ninterrupted{how}", file=sys.stderr)
         sys.exit(130)
     print_outcome(config, outcome.summary)

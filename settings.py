@@ -52,8 +52,9 @@ def wanted(config):
     """(getter, setter, value) of each setting."""
     yield torch.get_num_threads, torch.set_num_threads, config.threads
     yield torch.get_default_dtype, torch.set_default_dtype, torch.float32
-    yield (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms,
-           config.deterministic)
+    # As torch.use_deterministic_algorithms, which imports PyTorch's compiler: a second.
+    yield (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode,
+           "error" if config.deterministic else "default")
     yield flushes_denormals, torch.set_flush_denormal, False
     cudnn, mkldnn, precision = torch.backends.cudnn, torch.backends.mkldnn, "fp32_precision"
     for owner, name, value in (

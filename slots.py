@@ -36,7 +36,6 @@ class Slot(Trainer):
         super().__init__(config, data)
         self.captured = not config.no_graphs
         self.graphs, self.network, self.random_states = {}, None, None
-        self.rates = torch.zeros(3, device=self.device)  # learning rate, momentum, weight decay
         self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         self.generator = torch.Generator(self.device)
         torch.cuda.synchronize(self.device)  # what the default stream made is used on another now
@@ -54,27 +53,6 @@ class Slot(Trainer):
                      self.h["weight_decay"] > 0)
         self.graph(self.step)  # before the weights are loaded, since its first steps change them
         load_tensors(self.network.tensors(), self.new_network(seed).tensors())
-
-    def set_rates(self, rates):
-        if not self.captured:
-            return super().set_rates(rates)
-        self.rates.copy_(rates)
-
-    @torch.no_grad()
-    def sgd(self):
-        """v = momentum v + gradient + decay w; w = w - rate v, as torch.optim.SGD. That one takes
-        the momentum as a Python number, which a captured graph would freeze."""
-        if not self.captured:
-            return super().sgd()
-        learning_rate, momentum, weight_decay = self.rates.unbind()
-        trained = [(p, p.grad, self.network.momentum[name])
-                   for name, p in self.network.model.named_parameters() if p.grad is not None]
-        weights, gradients, velocities = map(list, zip(*trained, strict=True))
-        if self.kind[-1]:
-            gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, weight_decay))
-        torch._foreach_mul_(velocities, momentum)
-        torch._foreach_add_(velocities, gradients)
-        torch._foreach_sub_(weights, torch._foreach_mul(velocities, learning_rate))
 
     def repeat(self, step, count):
         """Take a step so many times, giving other slots their turns, until the GPU has done them."""
@@ -131,14 +109,14 @@ class Slot(Trainer):
                        f"graph {why}; use --no-graphs") from error
 
     def rehearse(self, count):
-        """So many training steps as most of the run's are, from wherever the weights are."""
-        config, h = self.config, self.config.fixed(self.data.augmentation.cutout)
-        if config.evolves_theta:
-            h |= {f"theta{i}": 1.0 for i in range(8)}
-        teacher = Path("stand-in") if config.distillation else None
-        self.set_hyperparameters(h, Task(Individual(0, 0, {}), Path(), teacher=teacher))
-        self.make_networks(seed=0)
-        self.set_rates(torch.zeros(3))
+        """So many training steps as most of the run's are, of a slot that has evaluated nothing."""
+        if self.network is None:
+            theta = dict.fromkeys((f"theta{i}" for i in range(8)), 1.0)
+            h = self.config.fixed(self.data.augmentation.cutout)
+            stand_in = Path("stand-in") if self.config.distillation else None
+            self.set_hyperparameters(h | (theta if self.config.evolves_theta else {}),
+                                     Task(Individual(0, 0, {}), Path(), teacher=stand_in))
+            self.make_networks(seed=0)
         while count > 0:
             self.repeat(self.step, min(count, self.steps))
             count -= self.steps

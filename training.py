@@ -57,14 +57,6 @@ class Network:
         """Copy a state of the same names, shapes and dtypes into the tensors. Raises RunError."""
         load_tensors(self.tensors(), state)
 
-    def optimizer(self):
-        """torch's SGD, whose momentum buffers are this network's. The fused one would mix up weights
-        whose order in memory is not their gradient's."""
-        sgd = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, foreach=True)
-        for name, p in self.model.named_parameters():
-            sgd.state[p]["momentum_buffer"] = self.momentum[name]
-        return sgd
-
 
 def named_tensors(model):
     """(name, tensor) of every parameter and buffer; a shared one has one name."""
@@ -121,6 +113,7 @@ class Trainer:
         self.draws = torch.zeros(self.steps * self.batch, 5, **integers)
         self.cutout = torch.zeros((), **integers)
         self.alpha, self.total_loss = (torch.zeros((), device=self.device) for _ in range(2))
+        self.rates = torch.zeros(3, device=self.device)  # learning rate, momentum, weight decay
         self.taylorglo = TaylorGLOLoss(torch.zeros(8), config.add_cross_entropy).to(self.device)
         self.validation, self.test = (Classifier(self, part) for part in (data.validation, data.test))
         self.mislabelled = None
@@ -185,7 +178,6 @@ class Trainer:
         for network in filter(None, (self.scored, self.teacher)):  # paper: unspecified: the teacher's mode
             network.model.eval()
         self.network.model.train()
-        self.optimizer = self.network.optimizer()
         self.average = {f"average/{name}": t.detach().clone() for name, t in named_tensors(self.network.model)
                         } if self.config.average_weights else {}
 
@@ -201,16 +193,11 @@ class Trainer:
             rate = learning_rate(self.h, clock, self.config)
             individual.applied["learning_rate"].append(rate)
             # What is beyond float32 becomes infinite, and the network diverges.
-            rates = torch.tensor((rate, self.h["momentum"], self.h["weight_decay"]), dtype=torch.float64)
-            self.set_rates(rates.float())
+            rates = rate, self.h["momentum"], self.h["weight_decay"]
+            self.rates.copy_(torch.tensor(rates, dtype=torch.float64))
             individual.loss = finite_or_none(self.train_epoch(rng))
             if individual.loss is None:
                 break
-
-    def set_rates(self, rates):
-        """rates: (3,) float32: learning rate, momentum, weight decay."""
-        names = "lr", "momentum", "weight_decay"
-        self.optimizer.param_groups[0].update(zip(names, rates.tolist(), strict=True))
 
     def train_epoch(self, rng):
         """One pass over the training images, in a new order, under new augmentations. Returns the mean loss."""
@@ -280,8 +267,20 @@ class Trainer:
             loss.backward()
         return loss
 
+    @torch.no_grad()
     def sgd(self):
-        self.optimizer.step()
+        """v = momentum v + gradient + decay w; w = w - rate v, as torch.optim.SGD, which takes the
+        momentum as a Python number: a CUDA graph would freeze it."""
+        momentum = self.network.momentum
+        trained = [(p, p.grad, momentum[name])
+                   for name, p in self.network.model.named_parameters() if p.grad is not None]
+        weights, gradients, velocities = map(list, zip(*trained, strict=True))
+        rate, momentum, decay = self.rates.unbind()
+        if self.h["weight_decay"] > 0:
+            gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, decay))
+        torch._foreach_mul_(velocities, momentum)
+        torch._foreach_add_(velocities, gradients)
+        torch._foreach_sub_(weights, torch._foreach_mul(velocities, rate))
 
     @torch.no_grad()
     def approach(self, weight):

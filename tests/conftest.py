@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from augmentation import Augmentation
 from epbt import METHODS, main
 
 TINY = ("--population 4 --generations 3 --epochs 1 --limit 300 --validation 60 --enlarge 1 --workers 1 --threads 1 "
@@ -69,8 +70,8 @@ def pretend():
         population = [everyone[m["id"]] for m in log[-1]["population"]] if log else []
         folder = SimpleNamespace(generations=len(log), population=population, record=record)
         workers = SimpleNamespace(evaluate=evaluate)
-        generations = METHODS[config.method](config, config.search_space(), SimpleNamespace(num_classes=10),
-                                             workers, folder)
+        data = SimpleNamespace(num_classes=10, height=8, width=8, augmentation=Augmentation())
+        generations = METHODS[config.method](config, config.search_space(), data, workers, folder)
         assert [g for g, _ in generations] == list(range(folder.generations, config.generations))
         return SimpleNamespace(log=log, calls=calls, everyone=everyone)
     return run

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from errors import ConfigError
 from evolution import (
     SEARCH_SPACE,
     STREAMS,
@@ -14,6 +15,7 @@ from evolution import (
     as_array,
     as_dicts,
     best_first,
+    checked_space,
     crossover,
     initialize,
     mutate,
@@ -27,6 +29,7 @@ from evolution import (
 
 MANY = 20_000  # draws; a frequency of p then has a standard deviation of at most 0.0035
 CLOSE = 0.016  # more than four of them
+NAMES = (*(v.name for v in SEARCH_SPACE), "weight_decay", "cutout")
 
 
 def rng(seed=0):
@@ -48,9 +51,6 @@ def thermometer(*levels, length=16):
     return np.arange(length) < np.array(levels)[:, None]
 
 
-# Random streams.
-
-
 def test_streams_of_equal_purpose_seed_and_key_are_equal_and_all_others_differ():
     keys = [(), (0,), (1,), (5,), (1, 5), (5, 1), (1, 1), (2, 300)]
     draws = {(purpose, seed, key): random_stream(purpose, seed, *key).integers(2**63)
@@ -60,36 +60,15 @@ def test_streams_of_equal_purpose_seed_and_key_are_equal_and_all_others_differ()
         assert random_stream(purpose, seed, *key).integers(2**63) == first
 
 
-# Initialisation.
-
-
-def test_the_search_space_is_eq_2_and_the_hyperparameters_of_sgd():
+def test_variables_start_uniform_within_their_ranges_and_independent_of_each_other():
     assert [v.name for v in SEARCH_SPACE] == [*(f"theta{i}" for i in range(8)), "lr_scale", "lr_decay", "momentum"]
     assert all((v.low, v.high, v.log) == (-10, 10, False) for v in SEARCH_SPACE[:8])
-
-
-@pytest.mark.parametrize("column", range(len(SEARCH_SPACE)), ids=lambda i: SEARCH_SPACE[i].name)
-def test_every_variable_starts_uniform_within_its_range(column):
-    v, x = SEARCH_SPACE[column], initialize(SEARCH_SPACE, 5000, rng())[:, column]
-    assert v.low <= x.min() and x.max() < v.high
-    assert is_uniform((x - v.low) / (v.high - v.low))
-
-
-def test_a_logarithmic_variable_starts_uniform_in_its_logarithm():
-    x = initialize((Variable("rate", 1e-3, 1.0, log=True),), 5000, rng())[:, 0]
-    assert is_uniform(1 + np.log10(x) / 3)  # log10 runs from -3 to 0
-
-
-def test_variables_start_independent_of_each_other():
-    correlation = np.corrcoef(initialize(SEARCH_SPACE, MANY, rng()).T)
-    assert np.abs(correlation - np.eye(len(SEARCH_SPACE))).max() < 0.04
-
-
-def test_an_empty_search_space_gives_individuals_without_variables():
-    h = initialize((), 3, rng())
-    assert h.shape == (3, 0)
-    assert as_dicts((), h) == [{}, {}, {}]
-    assert as_array((), [{}, {}, {}]).shape == (3, 0)
+    space = (*SEARCH_SPACE, Variable("weight_decay", 1e-3, 1.0, log=True))
+    h = initialize(space, MANY, rng())
+    for v, x in zip(space, h.T, strict=True):
+        assert v.low <= x.min() and x.max() < v.high
+        assert is_uniform(1 + np.log10(x) / 3 if v.log else (x - v.low) / (v.high - v.low))
+    assert np.abs(np.corrcoef(h.T) - np.eye(len(space))).max() < 0.04
 
 
 def test_arrays_and_dicts_of_hyperparameters_are_inverses():
@@ -97,15 +76,33 @@ def test_arrays_and_dicts_of_hyperparameters_are_inverses():
     dicts = as_dicts(SEARCH_SPACE, h)
     assert dicts[2]["momentum"] == h[2, 10] and type(dicts[2]["momentum"]) is float
     np.testing.assert_array_equal(as_array(SEARCH_SPACE, [dict(reversed(d.items())) for d in dicts]), h)
+    h = initialize((), 3, rng())
+    assert h.shape == (3, 0) and as_dicts((), h) == [{}, {}, {}]
+    assert as_array((), [{}, {}, {}]).shape == (3, 0)
 
 
-@pytest.mark.parametrize("low, high, log", [(1, 1, False), (2, 1, False), (0, 1, True), (-1, 1, True)])
+@pytest.mark.parametrize("low, high, log", [
+    (1, 1, False), (2, 1, False), (0, 1, True), (-1, 1, True), (0.1, np.inf, False), (np.nan, 1, False)])
 def test_a_range_that_holds_nothing_is_refused(low, high, log):
     with pytest.raises(ValueError, match="variable x: "):
         Variable("x", low, high, log=log)
 
 
-# Step 1: tournament.
+@pytest.mark.parametrize("space, words", [
+    ((Variable("wieght_decay", 0, 1),), "'wieght_decay', did you mean 'weight_decay'"),
+    ((*SEARCH_SPACE, Variable("momentum", 0, 1)), "^momentum is twice among the evolved variables$"),
+    (SEARCH_SPACE[1:], "all of the eight thetas, or none"),
+    ((Variable("momentum", 0.5, 3),), "momentum must stay from 0 to 1, with clip"),
+    ((Variable("momentum", 0.5, 0.9, clip=False),), "momentum must stay from 0 to 1, with clip"),
+    ((Variable("cutout", -1, 3),), "cutout must stay from 0, with clip"),
+    ((Variable("lr_decay", 0, 3),), "lr_decay must stay above 0"),
+    ((Variable(3, 0.1, 1),), "no hyperparameter is called 3"),
+    (("momentum",), "must be a tuple of evolution.Variable"), (5, "must be a tuple of evolution.Variable"),
+])
+def test_a_search_space_that_training_cannot_apply_is_refused(space, words):
+    with pytest.raises(ConfigError, match=words):
+        checked_space(space, NAMES)
+    assert checked_space(SEARCH_SPACE[-1], NAMES) == SEARCH_SPACE[-1:]  # one may stand alone
 
 
 @pytest.mark.parametrize("t, chances", [
@@ -133,9 +130,6 @@ def test_tournaments_are_independent_and_as_many_as_asked_for():
     assert tournament(np.array([0.5]), 3, 2, rng()).tolist() == [0, 0, 0]
 
 
-# Step 2: mutation and crossover.
-
-
 def test_mutation_multiplies_each_variable_by_gaussian_noise_of_its_own():
     h = np.tile([-8.0, 2.0, 0.5], (MANY, 1))
     space = tuple(Variable(name, -10, 10, clip=False) for name in "abc")
@@ -143,14 +137,6 @@ def test_mutation_multiplies_each_variable_by_gaussian_noise_of_its_own():
     np.testing.assert_allclose(noise.mean(axis=0), 0, atol=0.03)
     np.testing.assert_allclose(np.cov(noise.T), np.eye(3), atol=0.04)
     assert np.mean(np.abs(noise) < 1) == pytest.approx(0.683, abs=0.01)  # as of a normal distribution
-
-
-def test_without_reset_a_sign_and_a_zero_are_for_ever():
-    h = initialize(SEARCH_SPACE, 1000, rng())
-    h[:, 3] = 0
-    mutated = mutate(h, SEARCH_SPACE, 0.1, 0.0, rng(1))
-    np.testing.assert_array_equal(np.sign(mutated), np.sign(h))
-    assert (mutated[:, [0, 8]] != h[:, [0, 8]]).all()
 
 
 def test_only_variables_with_clip_keep_within_their_range():
@@ -176,7 +162,10 @@ def test_a_reset_is_a_fresh_uniform_draw_of_each_variable_independently():
 
 def test_mutation_without_noise_or_reset_changes_nothing_and_with_certain_reset_everything():
     h = initialize(SEARCH_SPACE, 100, rng())
-    before = h.copy()
+    h[:, 3] = 0
+    before, noisy = h.copy(), mutate(h, SEARCH_SPACE, 0.1, 0.0, rng(1))
+    np.testing.assert_array_equal(np.sign(noisy), np.sign(h))  # without reset a sign and a 0 are for ever
+    assert (noisy[:, [0, 8]] != h[:, [0, 8]]).all()
     np.testing.assert_array_equal(mutate(h, SEARCH_SPACE, 0.0, 0.0, rng(1)), before)
     assert (mutate(h, SEARCH_SPACE, 0.1, 1.0, rng(1)) != before).all()
     np.testing.assert_array_equal(h, before)  # pure
@@ -187,24 +176,21 @@ def members(n, variables=3):
     return np.tile(np.arange(float(n))[:, None], (1, variables))
 
 
-def test_crossover_with_certainty_takes_everything_from_one_other_member():
+def test_crossover_with_certainty_takes_everything_from_one_other_member_any_as_likely():
     children, mates = crossover(members(3000), 1.0, rng())
-    assert (children == mates[:, None]).all()
-    assert (mates != np.arange(3000)).all()
-
-
-def test_every_other_member_is_as_likely_a_mate():
+    assert (children == mates[:, None]).all() and (mates != np.arange(3000)).all()
     counts = np.zeros((4, 4))
     for seed in range(3000):
         counts[np.arange(4), crossover(members(4), 1.0, rng(seed))[1]] += 1
     np.testing.assert_allclose(counts / 3000, (1 - np.eye(4)) / 3, atol=0.04)
 
 
-def test_crossover_that_is_off_gives_copies_and_no_mates():
-    h = members(5)
-    children, mates = crossover(h, 0.0, rng())
+@pytest.mark.parametrize("n, probability", [(5, 0.0), (1, 1.0)])
+def test_crossover_that_is_off_or_of_one_member_gives_copies_and_no_mates(n, probability):
+    h = members(n)
+    children, mates = crossover(h, probability, rng())
     np.testing.assert_array_equal(children, h)
-    assert mates.tolist() == [-1] * 5 and children is not h
+    assert mates.tolist() == [-1] * n and children is not h
 
 
 def test_uniform_crossover_takes_each_variable_with_probability_one_half():
@@ -215,14 +201,6 @@ def test_uniform_crossover_takes_each_variable_with_probability_one_half():
     assert np.mean(taken.all(axis=1)) == pytest.approx(1 / 8, abs=CLOSE)  # independently
     np.testing.assert_array_equal(mates == -1, ~taken.any(axis=1))
     assert (children[taken] == np.broadcast_to(mates[:, None], h.shape)[taken]).all()  # all from the one mate
-
-
-def test_one_member_alone_has_no_mate():
-    children, mates = crossover(members(1), 1.0, rng())
-    assert children.tolist() == [[0, 0, 0]] and mates.tolist() == [-1]
-
-
-# Step 3: elitism and Novelty Selection.
 
 
 def test_the_fittest_come_best_first_and_ties_go_to_the_older():
@@ -283,14 +261,11 @@ def test_of_equally_close_pairs_the_last_ranked_goes():
     assert novelty_elites(fitness, behaviour, 4, 6).tolist() == [0, 1, 3, 5]
 
 
-def test_more_candidates_than_individuals_are_all_individuals():
+def test_more_candidates_than_there_are_are_all_and_twins_are_told_apart_by_age_alone():
     assert novelty_elites(np.array([0.1, 0.3, 0.2]), thermometer(0, 4, 16), 2, 9).tolist() == [1, 2]
-
-
-def test_twins_are_told_apart_by_age_alone():
     fitness, behaviour = np.full(4, 0.5), thermometer(4, 0, 0, 0)
     assert novelty_elites(fitness, behaviour, 2, 4).tolist() == [0, 1]
-    assert novelty_elites(fitness[::-1], behaviour[::-1], 2, 4).tolist() == [0, 3]  # 0 is the oldest, 3 the most novel
+    assert novelty_elites(fitness[::-1], behaviour[::-1], 2, 4).tolist() == [0, 3]  # 0: oldest, 3: most novel
 
 
 def test_novelty_selection_does_not_depend_on_the_order_of_the_population():
@@ -335,22 +310,12 @@ def test_with_novelty_the_behaviour_is_that_on_n_images_drawn_anew():
             for n in (10, 400) for i in range(50)} == {(0, 1)}
 
 
-@pytest.mark.parametrize("reading, on", [
-    ("pulsation", {5, 6, 7, 8, 9, 15, 16, 17, 18, 19}),  # off for five, on for five
-    ("one-in-p", {4, 9, 14, 19}),
-    ("always", set(range(20))),
-    ("off", set()),
-])
-def test_pulsation_over_twenty_generations(reading, on):
-    assert {g for g in range(20) if pulse(g, 5, reading)} == on
-
-
-def test_pulsation_with_a_period_of_one():
-    assert [pulse(g, 1, "pulsation") for g in range(4)] == [False, True, False, True]
-    assert [pulse(g, 1, "one-in-p") for g in range(3)] == [True, True, True]
-
-
-# All of them.
+@pytest.mark.parametrize("reading, period, on", [
+    ("pulsation", 5, {5, 6, 7, 8, 9, 15, 16, 17, 18, 19}),  # off for five, on for five
+    ("one-in-p", 5, {4, 9, 14, 19}), ("always", 5, set(range(20))), ("off", 5, set()),
+    ("pulsation", 1, set(range(1, 20, 2))), ("one-in-p", 1, set(range(20)))])
+def test_pulsation_over_twenty_generations(reading, period, on):
+    assert {g for g in range(20) if pulse(g, period, reading)} == on
 
 
 def every_operator(seed):

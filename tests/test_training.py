@@ -176,7 +176,8 @@ def by_hand(trainer, task):
     h = c.fixed(d.augmentation.cutout) | who.hyperparameters
     seed = int(random_stream("weights", c.seed, who.id).integers(2**63))
     model = make_model(c.model, d.num_classes, d.channels, seed)
-    sgd = torch.optim.SGD(model.parameters(), 1.0, h["momentum"], weight_decay=h["weight_decay"])
+    momentum = h["momentum"] or 1e-30  # of 0, torch would keep no velocity
+    sgd = torch.optim.SGD(model.parameters(), 1.0, momentum, weight_decay=h["weight_decay"])
     parent = {} if task.parent is None else load_individual(task.parent)[1]
     for name, t in named(model).items():
         t.data.copy_(parent.get(f"model/{name}", t))

@@ -1,0 +1,118 @@
+"""The presets and the protocols of Sec. 4, and what a config refuses."""
+
+from dataclasses import fields, replace
+
+import pytest
+
+from config import DATA_SETS, PRESETS, Config, check
+from errors import ConfigError
+from evolution import SEARCH_SPACE, Variable
+
+
+@pytest.mark.parametrize("dataset, protocol", [
+    ("cifar10", dict(model="resnet32", population=40, k=20, m=30, generations=25, epochs=8,
+                     milestones=(0.3, 0.6, 0.8), lr_decay=5, validation=1250, enlarge=20,
+                     augmentation="flip shift=4 cutout=16")),  # 1,250 enlarged to 25,000
+    ("svhn", dict(model="resnet32", population=40, k=20, m=30, generations=40, epochs=1,
+                  milestones=(0.5, 0.75), lr_decay=10, validation=30_000, enlarge=1,
+                  augmentation="none")),
+])
+def test_the_protocols_are_those_of_sec_4(dataset, protocol):
+    both = dict(batch_size=128, learning_rate=0.1, momentum=0.9, tournament=2, crossover=0.5,
+                behaviour_images=400, pulsation_period=5, theta_range=10, distillation=0.8,
+                preset="paper", known_losses=0, weight_decay=0, label_noise=0, average_weights=0,
+                add_cross_entropy=False, high_rates=False, evolve_cutout=False)
+    config = Config(dataset)
+    assert {name: getattr(config, name) for name in {**both, **protocol}} == {**both, **protocol}
+    assert config.search_space(16) == SEARCH_SPACE
+    check(config)
+
+
+def test_the_numbers_of_sec_5_2():
+    config = Config("cifar10")
+    assert config.evaluations() == 40 + 24 * 20 == 520 and config.evaluations() * config.epochs == 4160
+    assert replace(config, method="pbt").evaluations() * config.epochs == 8000
+    assert Config("cifar10", method="baseline", population=7).evaluations() == 25
+
+
+def test_the_baselines_of_sec_4_1():
+    one, pbt, random = (Config("cifar10", method=m) for m in ("baseline", "pbt", "random"))
+    fixed = dict(lr_scale=1, lr_decay=5, momentum=0.9, weight_decay=0, cutout=16)
+    assert one.search_space() == () and one.fixed(16) == random.fixed(16) == fixed
+    assert one.population == 1 and one.trains_on_all and not (pbt.trains_on_all or random.trains_on_all)
+    assert not Config(method="baseline", early_stopping=True).trains_on_all
+    assert pbt.fixed(16) == {**fixed, "lr_decay": 1}  # the learning rate is evolved in its place
+    (scale,) = pbt.search_space(16)
+    assert random.search_space() == (scale,) and (scale.name, scale.log) == ("lr_scale", True)
+    assert [0.1 * scale.low, 0.1 * scale.high] == pytest.approx([0.0001, 0.1])
+    assert {m.plain_loss for m in (one, pbt, random)} == {"cross-entropy"}
+
+
+def test_what_is_given_comes_before_the_preset_the_data_set_and_the_default():
+    assert [Config(name).known_losses for name in ("digits", "fashion", "pictures", "cifar10")] == [2, 2, 2, 0]
+    assert [Config(name, preset="paper").known_losses for name in ("digits", "svhn")] == [0, 0]
+    best = Config("cifar10", preset="best")
+    assert {name: getattr(best, name) for name in PRESETS["best"]} == PRESETS["best"]
+    assert best.k == 10 and best.generations == 25
+    own = Config("svhn", preset="best", elites=20, milestones=[0.5])
+    assert (own.elites, own.milestones, own.distillation, own.epochs) == (20, (0.5,), 0, 1)
+    assert replace(own, seed=3) == Config("svhn", preset="best", elites=20, milestones=(0.5,), seed=3)
+    for name in (*DATA_SETS, "a folder"):
+        for preset in PRESETS:
+            check(Config(name, preset=preset))
+
+
+def test_the_search_space_of_each_preset():
+    best = Config("cifar10", preset="best").search_space(16)
+    assert [(v.name, v.low, v.high) for v in best[8:]] == [
+        ("lr_scale", 1, 10), ("lr_decay", 1, 10), ("momentum", 0.8, 0.97), ("cutout", 0, 16)]
+    assert {(v.low, v.high) for v in best[:8]} == {(-1, 1)}
+    assert Config("cifar10", evolve_cutout=True).search_space(0) == SEARCH_SPACE  # there is none
+    assert Config(loss="label-smoothing").search_space() == SEARCH_SPACE[8:]
+    assert Config(evolve_cutout=True).search_space(3)[-1] == Variable("cutout", 0, 3)
+
+
+@pytest.mark.parametrize("given, k, m", [
+    (dict(population=2), 1, 1), (dict(population=3), 1, 1), (dict(population=5), 2, 3),
+    (dict(population=5, elites=4), 4, 5), (dict(population=40, elites=0.25), 10, 15),
+    (dict(population=40, elites=10, novelty_candidates=3), 10, 30)])
+def test_elites_and_candidates(given, k, m):
+    config = Config(**given)
+    assert (config.k, config.m) == (k, m)
+    check(config)
+
+
+def test_the_identity_of_a_run_is_what_can_change_its_result():
+    free = {"workers", "backend", "ray_address", "no_graphs", "data_root", "download", "out", "resume",
+            "overwrite", "tensorboard", "plan"}
+    assert set(Config().identity()) == {f.name for f in fields(Config)} - free
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(population=2.5), "--population must be a whole number from 1 on, not 2.5"),
+    (dict(population=True), "--population must be a whole number from 1 on, not True"),
+    (dict(population="8"), "--population must be a whole number from 1 on, not '8'"),
+    (dict(seed=2**32), "--seed must be a whole number from 0 on and at most 4294967295, not 4294967296"),
+    (dict(learning_rate=0), "--learning-rate must be a number above 0, not 0"),
+    (dict(mutation=float("nan")), "--mutation must be a number from 0 on, not nan"),
+    (dict(lr_decay=float("inf")), "--lr-decay must be a number above 0, not inf"),
+    (dict(lr_decay=10**400), "--lr-decay must be a number above 0, not 1000"),
+    (dict(milestones=0.5), "--milestones must be a tuple of numbers, not 0.5"),
+    (dict(milestones=(0.5, "a")), "--milestones must be a number from 0 on and at most 1, not 'a'"),
+    (dict(novelty="puls"), "--novelty must be one of pulsation, one-in-p, always, off, not 'puls', did you mean 'pu"),
+    (dict(deterministic=1), "--deterministic must be True or False, not 1"),
+    (dict(out=None), "--out must be text, not None"),
+    (dict(reset=2, tournament=0), "--tournament must .*\n--reset must"),  # all of them
+    (dict(elites=40), r"--elites must be below --population \(40\), not 40"),
+    (dict(elites=2.5), "--elites must be a whole number, or a share below 1, not 2.5"),
+    (dict(validation=99.5), "--validation must be a whole number, or a share below 1, not 99.5"),
+    (dict(preset="best", method="pbt", population=3), "--population must be at least 4 .*\n--preset best is for"),
+])
+def test_what_cannot_be_is_told_a_line_each(given, words):
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        check(Config("cifar10", **given))
+
+
+def test_a_name_that_is_no_fields_is_refused_at_once():
+    with pytest.raises(ConfigError, match="Config has no field 'populaton', did you mean 'population'"):
+        Config("digits", populaton=3)
