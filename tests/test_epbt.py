@@ -300,7 +300,8 @@ def test_several_mistakes_are_told_at_once(capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--dataset cifar10 --data-root nowhere", "epbt, preset paper, of resnet32 on cifar10: 520 evaluations of 8 epochs, 4160"),
+    ("--dataset cifar10 --data-root nowhere",
+     "epbt, preset paper, of resnet32 on cifar10: 520 evaluations of 8 epochs, 4160"),
     ("--dataset svhn --preset best --out= --workers 0 --threads 0", "epbt, preset best, of resnet32 on svhn: 1210 "),
     ("--method baseline --population 9 --limit 0", "baseline, preset known, of resnet8 on digits: 15 evaluations"),
 ])
