@@ -300,8 +300,10 @@ def test_several_mistakes_are_told_at_once(capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--dataset cifar10 --data-root nowhere", "epbt, preset paper, of resnet32 on cifar10: 520 evaluations of 8 epochs, 4160"),
-    ("--dataset svhn --preset best --high-rates --out= --workers 0 --threads 0", "epbt, preset best, of resnet32 on svhn: 1210 "),
+    ("--dataset cifar10 --data-root nowhere",
+     "epbt, preset paper, of resnet32 on cifar10: 520 evaluations of 8 epochs, 4160"),
+    ("--dataset svhn --preset best --high-rates --out= --workers 0 --threads 0",
+     "epbt, preset best, of resnet32 on svhn: 1210 "),
     ("--method baseline --population 9 --limit 0", "baseline, preset known, of resnet8 on digits: 15 evaluations"),
 ])
 def test_a_plan_tells_the_cost_without_the_data(arguments, words, capsys):

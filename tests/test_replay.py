@@ -113,8 +113,10 @@ def test_a_config_that_is_not_its_schedules_is_refused_and_a_resumed_replay_noti
 
 @pytest.mark.parametrize("content", [
     "", "{}", "[]", '{"epochs": []}', '{"epochs": [{"learning_rate": 1}]}', *(dict(epochs=[epoch]) for epoch in (
-        dict(learning_rate=-1), dict(learning_rate=float("nan")), dict(learning_rate="1"), dict(momentum=2), dict(theta=[1]))),
-    dict(model=5), dict(dataset=None), dict(batch_size="8"), dict(side=0), dict(average_epochs=-1), dict(plain_loss="smooth"),
+        dict(learning_rate=-1), dict(learning_rate=float("nan")), dict(learning_rate="1"),
+        dict(momentum=2), dict(theta=[1]))),
+    dict(model=5), dict(dataset=None), dict(batch_size="8"), dict(side=0), dict(average_epochs=-1),
+    dict(plain_loss="smooth"),
 ])
 def test_what_is_not_a_schedule_is_refused_in_one_line(content, edited, finished):
     path = edited()
