@@ -1,12 +1,13 @@
 """Evaluations on a Ray cluster: `--backend ray`, with the packages of requirements-ray.txt.
 
-Ray schedules the evaluations, and runs those of a lost node or a killed process again on another. The images go to each
-node once, through its object store. A run's folder stays on the machine that started the run: weights travel as the bytes
-of their files, so nodes need share no file system.
+Ray schedules the evaluations, and runs those of a lost node or a killed process again on another.
+The images go to each node once, through its object store. A run's folder stays on the machine that
+started the run: weights travel as the bytes of their files, so nodes need share no file system.
 """
 
 import os
 import socket
+import sys
 import tempfile
 from collections import deque
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import ray
 import torch
 
 from data import ImageSet
-from errors import RunError, message
+from errors import ConfigError, RunError, message
 from records import write_atomic
 from settings import settings
 from taylorglo_ext import BackendError
@@ -29,17 +30,20 @@ class RayPool:
     """A pool for `workers.Workers` whose workers are Ray's."""
 
     def __init__(self, config, data):
-        """config.workers: at most so many evaluations at once, sharing the GPUs if there are any; 0: one a core or a
-        GPU. config.ray_address: of a running cluster; empty: one is started on this machine."""
+        """config.workers: at most so many evaluations at once, sharing the GPUs if there are any;
+        0: one a core or a GPU. config.ray_address: of a running cluster; empty: a new one."""
         count, address = config.workers, config.ray_address
         if address:
             refuse_silent(address)
-        own = {} if address else dict(include_dashboard=False, num_cpus=count * config.threads or None)
+        cores = count * config.threads or None
+        own = {} if address else dict(include_dashboard=False, num_cpus=cores)
         try:
-            path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-            ray.init(address=address or "local", log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **own)
+            path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+            ray.init(address=address or "local", log_to_driver=False,
+                     runtime_env={"env_vars": {"PYTHONPATH": path}}, **own)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: {message(error)}") from error
+            raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "
+                           f"{message(error)}") from error
         resources = dict(num_cpus=config.threads)
         if config.device != "cpu":
             gpus = ray.cluster_resources().get("GPU", 0)
@@ -59,28 +63,29 @@ class RayPool:
         while waiting or running:
             while waiting and (self.count == 0 or len(running) < self.count):
                 task = waiting.popleft()
-                result = self.evaluate.remote([self.images], task, files.get(task.parent), files.get(task.teacher))
+                weights = files.get(task.parent), files.get(task.teacher)
+                result = self.evaluate.remote([self.images], task, *weights)
                 running[result] = task
             (done,), _ = ray.wait(list(running), num_returns=1)
             task = running.pop(done)
-            individual, file = self._result(done, task)
+            individual, file = result_of(done, task)
             write_atomic(task.path, file)
             yield individual
 
-    @staticmethod
-    def _result(reference, task):
-        try:
-            return ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, RunError | BackendError):
-                raise error.cause from None
-            raise
-        except ray.exceptions.RayError as error:
-            raise RunError(f"individual {task.individual.id} could not be evaluated in {ATTEMPTS} attempts on the Ray "
-                           f"cluster: {str(error).splitlines()[0]}") from error
-
     def close(self):
         ray.shutdown()
+
+
+def result_of(reference, task):
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ConfigError | RunError | BackendError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise RunError(f"individual {task.individual.id} could not be evaluated in {ATTEMPTS} "
+                       f"attempts on the Ray cluster: {str(error).splitlines()[0]}") from error
 
 
 def refuse_silent(address):
@@ -90,7 +95,8 @@ def refuse_silent(address):
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
-            raise RunError(f"cannot use the Ray cluster {address}: {error.strerror or error}") from error
+            reason = error.strerror or error
+            raise RunError(f"cannot use the Ray cluster {address}: {reason}") from error
 
 
 kept = ExitStack()  # the settings of this worker process
@@ -100,8 +106,8 @@ trainers = {}  # of this worker process, by its work: Ray keeps the process for 
 def evaluate(work, task, parent, teacher):
     """In a worker process of Ray: (the evaluated individual, the bytes of its file).
 
-    work: the reference of what `pack` made, in a list, so that Ray does not fetch it each time; parent, teacher: bytes
-    or None."""
+    work: the reference of what `pack` made, in a list, so that Ray does not fetch it each time;
+    parent, teacher: bytes or None."""
     if work[0] not in trainers:
         trainers.clear()
         keep_freed_memory()
@@ -109,20 +115,20 @@ def evaluate(work, task, parent, teacher):
         kept.enter_context(settings(config))
         trainers[work[0]] = Trainer(config, data.to(config.device))
     with tempfile.TemporaryDirectory() as folder:
-        here = {name: Path(folder) / f"{name}.safetensors" for name in ("individual", "parent", "teacher")}
+        paths = {"path": Path(folder) / "individual"}
         for name, content in (("parent", parent), ("teacher", teacher)):
-            if content is not None:
-                here[name].write_bytes(content)
-        task = replace(task, path=here["individual"], parent=parent and here["parent"],
-                       teacher=teacher and here["teacher"])
-        return trainers[work[0]].evaluate(task), here["individual"].read_bytes()
+            paths[name] = content and Path(folder) / name
+            if content:
+                paths[name].write_bytes(content)
+        return trainers[work[0]].evaluate(replace(task, **paths)), paths["path"].read_bytes()
 
 
 def pack(config, data):
-    """(the config, the data without images, the images as NumPy arrays): these are not copied out of Ray's object
-    store."""
+    """(the config, the data without images, the images as NumPy arrays): these are not copied out
+    of Ray's object store."""
     sets = {name: getattr(data, name) for name in ("train", "validation", "test")}
-    arrays = {name: (s.images.permute(0, 2, 3, 1).contiguous().numpy(), s.labels.numpy()) for name, s in sets.items()}
+    arrays = {name: (s.images.permute(0, 2, 3, 1).contiguous().numpy(), s.labels.numpy())
+              for name, s in sets.items()}
     return config, replace(data, **dict.fromkeys(sets)), arrays
 
 

@@ -118,8 +118,8 @@ class Processes:
         if worker.process.exitcode == OUT_OF_MEMORY:
             slots -= 1
             if slots == 0 and not self.workers:
-                raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: use "
-                               "a smaller --batch-size or --model, or free the GPU")
+                raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: "
+                               "use a smaller --batch-size or --model, or free the GPU")
             print(f"out of memory on {worker.config.device}: going on with {slots or 'no'} of its "
                   "slots", file=sys.stderr)
             if slots == 0:
