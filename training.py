@@ -267,7 +267,7 @@ class Trainer:
         if self.has_theta and not self.config.add_cross_entropy:
             loss, gradient = loss_and_gradient(logits, labels, self.taylorglo.theta, teacher_logits,
                                                alpha)
-            logits.backward(gradient)
+            KnownGradient.apply(logits, loss, gradient).backward()
         else:
             loss = self.taylorglo if self.has_theta else PLAIN_LOSSES[self.config.plain_loss]
             loss = loss(logits, labels, teacher_logits, alpha)
@@ -318,6 +318,19 @@ class Trainer:
                                      test_fitness=self.test.measured(self.test.logits()))
         if self.mislabelled is not None:  # the share of the wrong labels that it has learned by heart
             individual.scores["memorised"] = self.mislabelled.accuracy()
+
+
+class KnownGradient(torch.autograd.Function):
+    """A loss with its gradient. logits.backward(gradient) would do, but imports sympy: a second."""
+
+    @staticmethod
+    def forward(ctx, logits, loss, gradient):
+        ctx.gradient = gradient
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, one):
+        return ctx.gradient, None, None
 
 
 class Classifier:
