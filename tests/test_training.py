@@ -113,7 +113,7 @@ def test_a_network_and_its_distilled_child_train_as_by_torch_optim_sgd(model, h,
 
 def test_a_child_of_another_model_is_refused_with_the_tensors_name(tmp_path):
     trainer_of("Small").evaluate(task(tmp_path))
-    with pytest.raises(RunError, match="another model.*twice.weight the model has torch.*none"):
+    with pytest.raises(RunError, match="another model.*twice.weight it has torch.*none"):
         trainer_of("Tied").evaluate(task(tmp_path, 1, parent=0, generation=1))
 
 
