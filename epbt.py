@@ -11,25 +11,24 @@ import gc
 import importlib.util
 import io
 import os
-import re
 import shlex
 import sys
-from contextlib import closing, redirect_stderr
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-import tyro
 from tqdm.auto import tqdm
 
 import taylorglo_ext
 from augmentation import Augmentation
 from baselines import independent, pbt
-from config import Config, check, flag
+from command_line import command_line, folder_name
+from config import Config, check
 from data import load_data, make_data
-from errors import ConfigError, DataError, RunError, message
+from errors import ConfigError, DataError, RunError
 from evolution import (
     as_array,
     as_dicts,
@@ -46,14 +45,16 @@ from evolution import (
 from metrics import find_metric, tried_metric
 from models import find_factory, import_name
 from outcome import finish, print_outcome
-from records import Individual, RunFolder, begun, fittest, read_config
-from replay import checked_schedule, replay, replay_config
+from records import Individual, RunFolder, begun, fittest
+from replay import checked_schedule, replay
 from settings import settings
 from stopwatch import Stopwatch, process_age
 from training import HYPERPARAMETERS
 from trial import tried
 from watch import watched
 from workers import Processes, ThisProcess, Workers, start_server
+
+__all__ = ["Config", "evolve"]
 
 
 def epbt(config, space, data, workers, run):
@@ -208,11 +209,6 @@ def settled(config):
     return replace(config, device=device, threads=threads, workers=workers, out=out)
 
 
-def folder_name(config):
-    data = os.path.basename(os.path.normpath(config.dataset))
-    return os.path.expanduser(config.out or f"runs/{config.method}-{data}-{config.seed}")
-
-
 def make_pool(config, data):
     """Where individuals are evaluated."""
     if config.backend == "ray":
@@ -251,48 +247,13 @@ def progress_line(config, g, M, evaluated):
             f"{what} tried {evaluated:4}   diverged {sum(m.diverged for m in M)}")
 
 
-def command_line(arguments):
-    """The Config of a command line. What it leaves out is as in the run's folder with --resume,
-    else as in the schedule of --replay, else as for the data set. Raises ConfigError, RunError."""
-    typed = [a for a in arguments if a not in ("-h", "--help")]
-    # What is typed is the same whatever the default.
-    first, other = (parsed(Config(x, preset=y), typed) for x, y in (("", "paper"), ("-", "best")))
-    named = {name: getattr(first, name) for name in ("dataset", "preset")
-             if getattr(first, name) == getattr(other, name)}
-    start = replay_config(first.replay) if first.replay else {"dataset": "digits"}
-    start, stored = Config(**start | named), {}
-    if first.resume and not first.overwrite:
-        out = folder_name(parsed(start, typed))
-        stored = {name: x for name, x in read_config(out).items() if hasattr(start, name)}
-        start = replace(start, **stored)
-    config = parsed(start, arguments)
-    if changed := [f"{flag(name)} {getattr(start, name)}, not {getattr(config, name)}"
-                   for name in stored if getattr(config, name) != getattr(start, name)]:
-        raise RunError(f"--resume goes on with the run in {out}, which has {', '.join(changed)}")
-    return config
-
-
-def parsed(start, arguments):
-    """`start` with what a command line says. Raises ConfigError: tyro's words, in one line."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            return tyro.cli(Config, prog="epbt.py", default=start, args=arguments,
-                            description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as end:
-        if not end.code:  # after --help
-            raise
-    title, *parts = re.split("[-─]{9,}", re.sub("[│╭╮╰╯]", " ", box.getvalue()))
-    raise ConfigError("; ".join(line for part in parts if (line := message(part))))
-
-
 def main(arguments=None):
     """The command line. Exit code 2 and one line a mistake for what the user can mend."""
     config, clock = None, Stopwatch(process_age() if arguments is None else 0.0)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a letter
     try:
-        config = settled(command_line(sys.argv[1:] if arguments is None else arguments))
+        config = settled(command_line(arguments, __doc__))
         if config.plan:
             return print(cost(config))
         outcome = evolve(config, clock=clock)

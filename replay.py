@@ -10,7 +10,7 @@ import json
 import math
 from pathlib import Path
 
-from config import Config, flag
+from config import Config, check, flag
 from errors import ConfigError, RunError, message
 from records import Individual, fittest
 
@@ -59,28 +59,30 @@ def read_schedule(path):
                 raise ValueError("an epoch has a number that is not finite, or a rate below 0")
             if len(numbers) not in (4, 12) or epoch["momentum"] > 1:
                 raise ValueError("an epoch has a momentum above 1, or not eight thetas")
-        for name in (*SHARED, "plain_loss", "side", "average_epochs"):
-            if name not in found:
-                raise ValueError(f"{name} is missing")
-        if not found["epochs"]:
-            raise ValueError("it has no epoch")
+        check(Config(**replay_fields(found, path) | {"loss": found["plain_loss"]}))
+        if not found["side"] > 0:
+            raise ValueError("its side must be a number of pixels")
     except OSError as error:
         raise RunError(f"cannot read {path}, the schedule of a finished run: "
                        f"{error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise RunError(f"{path} is not the schedule of a finished run ({type(error).__name__}: "
                        f"{message(error)})") from error
     return found
 
 
-def replay_config(path):
+def replay_fields(found, path):
     """{field: value} that a replay of a schedule begins with: an epoch a generation, so many."""
-    found = read_schedule(path)
     evolved = any(epoch["theta"] for epoch in found["epochs"])
     return {name: found[name] for name in SHARED} | dict(
         method="replay", preset="paper", replay=str(path), epochs=1, milestones=(),
         generations=len(found["epochs"]), average_weights=found["average_epochs"],
         loss="taylorglo" if evolved else found["plain_loss"])
+
+
+def replay_config(path):
+    """The fields of the replay of the schedule in a file or in the folder of a run."""
+    return replay_fields(read_schedule(path), path)
 
 
 def checked_schedule(config):

@@ -7,30 +7,36 @@ import torch
 from benchmarks.kernel import RESULTS, device_name, spread, write_csv
 
 CORES = len(os.sched_getaffinity(0))
+WIDTHS = dict(contender=34, model=10, networks=10, median_s=10, p10_s=10, p90_s=10)  # of columns
+WIDTHS |= dict(images_per_s=14, gpu_busy=10)
 
 
 def record(contender, times, images, model, networks, workers):
     """One row: the seconds of `times`, each of which trains so many images."""
     seconds = spread(times) if len(times) > 1 else dict.fromkeys(("p10", "median", "p90"), times[0])
-    return dict(contender=contender, model=model, networks=networks, workers=workers,
-                **{f"{name}_s": float(f"{value:.4g}") for name, value in seconds.items()},
-                samples=len(times), images_per_s=round(images / seconds["median"], 1))
+    return dict(
+        contender=contender,
+        model=model,
+        networks=networks,
+        workers=workers,
+        **{f"{name}_s": float(f"{value:.4g}") for name, value in seconds.items()},
+        samples=len(times),
+        images_per_s=round(images / seconds["median"], 1),
+    )
 
 
 def print_and_write(rows, device, name, folder=None):
-    """Print each row when it is there, and write all so far to folder/NAME.csv (default benchmarks/results); then draw
-    them to NAME.png."""
+    """Print each row when it is there, and write all so far to folder/NAME.csv (default
+    benchmarks/results); then draw them to NAME.png."""
     machine = dict(device=device_name(device), torch=torch.__version__, cores=CORES)
     path, records = (folder or RESULTS) / f"{name}.csv", []
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    print(f"{'contender':32}{'model':>10}{'networks':>10}{'workers':>9}{'median s':>10}{'p10':>9}{'p90':>9}"
-          f"{'images/s':>11}{'GPU busy':>10}")
+    print("".join(f"{name:{width}}" for name, width in WIDTHS.items()))
     for row in rows:
         records.append(machine | row)
         write_csv(path, tuple(dict.fromkeys(key for r in records for key in r)), records)
-        print(f"{row['contender']:32}{row['model']:>10}{row['networks']:>10}{row['workers']:>9}{row['median_s']:>10.3f}"
-              f"{row['p10_s']:>9.3f}{row['p90_s']:>9.3f}{row['images_per_s']:>11,.0f}{row.get('gpu_busy', ''):>10}",
-              flush=True)
+        cells = (f"{row.get(name, '')!s:{width}}" for name, width in WIDTHS.items())
+        print("".join(cells), flush=True)
     plot(records, path.with_suffix(".png"))
 
 
@@ -41,10 +47,18 @@ def plot(records, path):
     figure = Figure(figsize=(8, 0.6 + 0.32 * len(records)), layout="constrained")
     names = [f"{r['contender']} ({r['networks']} × {r['model']})" for r in records][::-1]
     rates = [r["images_per_s"] for r in records][::-1]
-    low = [rate * (1 - r["median_s"] / r["p90_s"]) for rate, r in zip(rates, records[::-1], strict=True)]
-    high = [rate * (r["median_s"] / r["p10_s"] - 1) for rate, r in zip(rates, records[::-1], strict=True)]
+    low = [
+        rate * (1 - r["median_s"] / r["p90_s"])
+        for rate, r in zip(rates, records[::-1], strict=True)
+    ]
+    high = [
+        rate * (r["median_s"] / r["p10_s"] - 1)
+        for rate, r in zip(rates, records[::-1], strict=True)
+    ]
     axes = figure.subplots()
     axes.barh(names, rates, xerr=[low, high], color="#4878a8", ecolor="#333333", capsize=2)
-    axes.set(xlabel="training images/s", title=f"{records[0]['device']}, PyTorch {records[0]['torch']}")
+    axes.set(
+        xlabel="training images/s", title=f"{records[0]['device']}, PyTorch {records[0]['torch']}"
+    )
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=80)

@@ -1,8 +1,9 @@
 """Where the time goes until a run's first generation begins, on a machine that has built the loss.
 
-``python -m benchmarks.startup`` prints it, and writes ``benchmarks/results/startup-cpu.txt`` (with a GPU, ``-cuda``): the
-line "ready in ..." of runs on the digits, one after the other. On a GPU the first run searches the number of slots and the
-others remember it, and what its worker does after its imports is timed apart.
+``python -m benchmarks.startup`` prints it, and writes ``benchmarks/results/startup-cpu.txt`` (with
+a GPU, ``-cuda``): the line "ready in ..." of runs on the digits, one after the other. On a GPU the
+first run searches the number of slots and the others remember it, and what its worker does after
+its imports is timed apart.
 """
 
 import argparse
@@ -30,11 +31,19 @@ def lines(device, runs):
     yield f"{device_name(device)}, PyTorch {torch.__version__}"
     config = whole(dataset="digits", device=device)  # builds the loss, if need be
     with tempfile.TemporaryDirectory() as folder:
-        caches = dict(XDG_CACHE_HOME=folder, TORCH_EXTENSIONS_DIR=str(cached_library("cpu").parents[1]))
+        caches = dict(
+            XDG_CACHE_HOME=folder, TORCH_EXTENSIONS_DIR=str(cached_library("cpu").parents[1])
+        )
         for i in range(runs):
-            said = subprocess.run([sys.executable, *RUN, "--device", device, "--out", f"{folder}/run"], check=True,
-                                  stdout=subprocess.PIPE, text=True, env=os.environ | caches).stdout
-            yield f"run {i + 1}: {next(line for line in said.splitlines() if line.startswith('ready in'))}"
+            said = subprocess.run(
+                [sys.executable, *RUN, "--device", device, "--out", f"{folder}/run"],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | caches,
+            ).stdout
+            ready = next(line for line in said.splitlines() if line.startswith("ready in"))
+            yield f"run {i + 1}: {ready}"
         if device == "cuda":
             os.environ["XDG_CACHE_HOME"] = f"{folder}/worker"
             yield f"its worker, after its imports: {worker(replace(config, device='cuda:0'))}"
@@ -58,8 +67,12 @@ def worker(config):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the results")
     options = parser.parse_args()

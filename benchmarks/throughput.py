@@ -1,20 +1,23 @@
 """Times how fast a population trains, against the same training without this project.
 
-``python -m benchmarks.throughput`` prints a table, and writes it after each row: ``benchmarks/results/throughput-cpu.csv``
-and ``.png`` (with a GPU, ``-cuda``). A generation trains and scores `CHILDREN` networks; images/s counts training images.
+``python -m benchmarks.throughput`` prints a table, and writes it after each row, by default to
+``benchmarks/results/throughput-cpu.csv`` and ``.png``. A generation trains and scores `CHILDREN`
+networks; images/s counts training images. With a GPU: see gpu.py.
 
-On a CPU, Fashion-MNIST (a subset) and ResNet-8, each network distilled from a teacher under the TaylorGLO loss. Contenders
-take turns, a generation each, so that whatever else the machine does falls on all alike:
+On a CPU, Fashion-MNIST (a subset) and ResNet-8, each network distilled from a teacher under the
+TaylorGLO loss. Contenders take turns, a generation each, so that whatever else the machine does
+falls on all alike:
 
-- bare processes: one process a core with one thread, plain PyTorch and torch.optim.SGD; no evolution, nothing saved; and
-  with tensors that are not channels last; one process: the same, one network after the other, with all threads
-- epbt: a generation of `epbt()` with a worker a core, its selection and records included; with one worker; in bfloat16
-- stacked: networks stacked into one by torch.func, in one process with all threads; a step without augmentation or scoring
+- bare processes: one process a core with one thread, plain PyTorch and torch.optim.SGD; no
+  evolution, nothing saved; and with tensors that are not channels last; one process: the same, one
+  network after the other, with all threads
+- epbt: a generation of `epbt()` with a worker a core, its selection and records included; with one
+  worker; in bfloat16
+- stacked: networks stacked into one by torch.func, in one process with all threads; a step without
+  augmentation or scoring
 
-then how the time of a generation grows with the number of networks and with the model, and what a training step of each of
-the paper's networks takes a worker.
-
-With a GPU: see benchmarks/gpu.py.
+then how the time of a generation grows with the number of networks and with the model, and what a
+training step of each of the paper's networks takes a worker.
 """
 
 import argparse
@@ -46,7 +49,9 @@ from training import EVALUATION_BATCH, Trainer
 from workers import Workers, keep_freed_memory
 
 CHILDREN = 4
-SMALL = dict(dataset="fashion", model="resnet8", limit=2000, validation=500, epochs=1, generations=1000)
+SMALL = dict(
+    dataset="fashion", model="resnet8", limit=2000, validation=500, epochs=1, generations=1000
+)
 PAPER_MODELS = "resnet32", "wrn-10-12", "wrn-16-8", "wrn-22-6", "wrn-28-5"
 
 
@@ -56,9 +61,11 @@ PAPER_MODELS = "resnet32", "wrn-10-12", "wrn-16-8", "wrn-22-6", "wrn-28-5"
 def plain_epoch(model, optimizer, config, data, rng, loss):
     """An epoch of training in plain PyTorch. loss: called as loss(images, logits, labels)."""
     order = torch.from_numpy(rng.permutation(len(data.train)))
-    draws = torch.from_numpy(draw_augmentation(data.augmentation, len(order), data.height, data.width, rng))
+    draws = torch.from_numpy(
+        draw_augmentation(data.augmentation, len(order), data.height, data.width, rng)
+    )
     for i in range(0, len(order) - config.batch_size + 1, config.batch_size):
-        index, some = order[i:i + config.batch_size], draws[i:i + config.batch_size]
+        index, some = order[i : i + config.batch_size], draws[i : i + config.batch_size]
         images = make_batch(data.train.images, index, some, data.augmentation, data.mean, data.std)
         optimizer.zero_grad()
         loss(images, model(images), data.train.labels[index]).backward()
@@ -68,21 +75,35 @@ def plain_epoch(model, optimizer, config, data, rng, loss):
 @torch.no_grad()
 def plain_accuracy(model, data, image_set):
     correct = 0
-    for images, labels in zip(image_set.images.split(EVALUATION_BATCH), image_set.labels.split(EVALUATION_BATCH),
-                              strict=True):
+    for images, labels in zip(
+        image_set.images.split(EVALUATION_BATCH),
+        image_set.labels.split(EVALUATION_BATCH),
+        strict=True,
+    ):
         correct += (model(normalize(images, data.mean, data.std)).argmax(1) == labels).sum().item()
     return correct / len(image_set)
 
 
 def bare_generation(config, data, networks, layout):
-    """Train and score so many networks in plain PyTorch. layout: the memory format of weights and activations."""
-    theta, alpha, rng = torch.tensor([0.0, 0.5, 0, 0, 0, 20, -40, 0]), torch.tensor(0.4), np.random.default_rng(0)
+    """Train and score so many networks in plain PyTorch. layout: a memory format, of weights and
+    activations."""
+    theta, alpha, rng = (
+        torch.tensor([0.0, 0.5, 0, 0, 0, 20, -40, 0]),
+        torch.tensor(0.4),
+        np.random.default_rng(0),
+    )
     for _ in range(networks):
-        model, teacher = (make_model(config.model, data.num_classes, data.channels, seed).to(memory_format=layout)
-                          for seed in (0, 1))
-        if layout is not torch.channels_last:  # make_batch()'s images are; contiguous() would leave those of one channel
+        model, teacher = (
+            make_model(config.model, data.num_classes, data.channels, seed).to(memory_format=layout)
+            for seed in (0, 1)
+        )
+        if (
+            layout is not torch.channels_last
+        ):  # make_batch()'s images are; contiguous() would leave those of one channel
             for network in (model, teacher):
-                network.register_forward_pre_hook(lambda network, images: images[0].clone(memory_format=layout))
+                network.register_forward_pre_hook(
+                    lambda network, images: images[0].clone(memory_format=layout)
+                )
         teacher.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -108,13 +129,20 @@ def bare_worker(config, data, networks, layout, pipe):
 
 @contextmanager
 def bare(config, data, processes, layout=torch.channels_last):
-    """Each of the processes does its share of the networks, with the cores shared out among them as threads."""
-    config, context = replace(config, threads=max(1, CORES // processes)), multiprocessing.get_context("spawn")
+    """Each process does its share of the networks, with its share of the cores as threads."""
+    config, context = (
+        replace(config, threads=max(1, CORES // processes)),
+        multiprocessing.get_context("spawn"),
+    )
     pipes, started = [], []
     for i in range(processes):
         ours, theirs = context.Pipe()
         share = CHILDREN // processes + (i < CHILDREN % processes)
-        started.append(context.Process(target=bare_worker, args=(config, data, share, layout, theirs), daemon=True))
+        started.append(
+            context.Process(
+                target=bare_worker, args=(config, data, share, layout, theirs), daemon=True
+            )
+        )
         started[-1].start()
         pipes.append(ours)
 
@@ -131,22 +159,29 @@ def bare(config, data, processes, layout=torch.channels_last):
 
 @contextmanager
 def ours(config, data, workers, networks=CHILDREN):
-    """A generation of Algorithm 1 after its first ones: `networks` children of a population of twice as many."""
+    """A generation of Algorithm 1 after its first ones: `networks` children, as many elites."""
     config = replace(config, population=2 * networks, elites=networks, workers=workers)
-    with tempfile.TemporaryDirectory() as folder, closing(RunFolder(folder, config.identity())) as run:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(RunFolder(folder, config.identity())) as run,
+    ):
         progress = SimpleNamespace(update=lambda n: None)
         with closing(make_pool(config, data)) as pool:
-            generations = METHODS["epbt"](config, config.search_space(), data, Workers(pool, run, progress), run)
+            generations = METHODS["epbt"](
+                config, config.search_space(), data, Workers(pool, run, progress), run
+            )
             for _ in range(2):  # the initial population, and the first one that has a teacher
                 next(generations)
             yield lambda: next(generations)
 
 
 def take_turns(contenders, rounds):
-    """Seconds of each contender's generations {name: [seconds]}. contenders: {name: context manager}."""
+    """{name: seconds of its generations}. contenders: {name: context manager}."""
     times = {name: [] for name in contenders}
     with ExitStack() as stack:
-        generations = {name: stack.enter_context(contender) for name, contender in contenders.items()}
+        generations = {
+            name: stack.enter_context(contender) for name, contender in contenders.items()
+        }
         for generation in generations.values():
             generation()
         for _, (name, generation) in itertools.product(range(rounds), generations.items()):
@@ -172,14 +207,21 @@ def on_cpu(options):
     rough, n, few = replace(config, precision="bfloat16"), CORES, max(1, rounds // 2)
     contenders = {
         "bare processes": (bare(config, data, n), config.model, CHILDREN, n),
-        "bare, not channels last": (bare(config, data, n, torch.contiguous_format), config.model, CHILDREN, n),
+        "bare, not channels last": (
+            bare(config, data, n, torch.contiguous_format),
+            config.model,
+            CHILDREN,
+            n,
+        ),
         "one process": (bare(config, data, 1), config.model, CHILDREN, 1),
         "epbt": (ours(config, data, n), config.model, CHILDREN, n),
         "epbt, one worker": (ours(config, data, 1), config.model, CHILDREN, 1),
         "epbt, bfloat16": (ours(rough, data, n), config.model, CHILDREN, n),
     }
     yield from records_of(contenders, config, data, rounds)
-    yield record("stacked", stacked(config, data, CHILDREN, few), CHILDREN * 128, config.model, CHILDREN, 1)
+    yield record(
+        "stacked", stacked(config, data, CHILDREN, few), CHILDREN * 128, config.model, CHILDREN, 1
+    )
     for networks in (2, 8):
         contender = ours(config, data, n, networks), config.model, networks, n
         yield from records_of({f"P = {2 * networks}": contender}, config, data, few)
@@ -208,12 +250,15 @@ def steps(config, data, rounds):
 
 
 def stacked(config, data, networks, rounds, batch=128):
-    """Seconds of a training step of so many networks as one, by torch.func: each on a batch of its own, distilled from
-    one teacher. Less work than a worker's step, as the images are not augmented."""
-    *models, teacher = (make_model(config.model, data.num_classes, data.channels, seed) for seed in range(networks + 1))
+    """Seconds of a training step of so many networks as one, by torch.func: each on a batch of its
+    own, distilled from one teacher. Less work than a worker's, as the images are not augmented."""
+    *models, teacher = (
+        make_model(config.model, data.num_classes, data.channels, seed)
+        for seed in range(networks + 1)
+    )
     teacher.eval()
     parameters, buffers = torch.func.stack_module_state(models)
-    # Detached, or each step would be recorded for a backward outside of torch.func too, and its memory kept.
+    # Detached, or each step would be recorded for a backward outside of torch.func, and kept.
     parameters = {name: p.detach() for name, p in parameters.items()}
     skeleton = copy.deepcopy(models[0]).to("meta")
     momentum = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -221,7 +266,9 @@ def stacked(config, data, networks, rounds, batch=128):
     images, labels = torch.randn(shape), torch.randint(data.num_classes, shape[:2])
 
     def loss(parameters, buffers, images, targets):
-        return F.cross_entropy(torch.func.functional_call(skeleton, (parameters, buffers), (images,)), targets)
+        return F.cross_entropy(
+            torch.func.functional_call(skeleton, (parameters, buffers), (images,)), targets
+        )
 
     def step():
         with torch.no_grad():
@@ -241,11 +288,15 @@ def stacked(config, data, networks, rounds, batch=128):
 
 
 def random_cifar10(n):
-    """Random images of CIFAR-10's shape, with its augmentation; 1,250 of them are for validation."""
+    """Random images of CIFAR-10's shape, with its augmentation; 1,250 are for validation."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, n)
-    return make_data(images, tuple(part[:10_000] for part in images), validation=1250,
-                     augmentation="flip shift=4 cutout=16")
+    return make_data(
+        images,
+        tuple(part[:10_000] for part in images),
+        validation=1250,
+        augmentation="flip shift=4 cutout=16",
+    )
 
 
 def records_of(contenders, config, data, rounds):
@@ -255,19 +306,25 @@ def records_of(contenders, config, data, rounds):
         yield record(name, times[name], images, model, networks, workers)
 
 
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the code")
-    parser.add_argument("--out", type=Path, help="the folder for the results (default benchmarks/results)")
+    parser.add_argument(
+        "--out", type=Path, help="the folder for the results (default benchmarks/results)"
+    )
     options = parser.parse_args()
     if options.device == "cpu" and (options.deterministic or options.compile):
         parser.error("--deterministic and --compile are for a GPU")
-    name = f"throughput-{options.device}{'-deterministic' * options.deterministic}{'-compile' * options.compile}"
+    name = f"throughput-{options.device}"
+    name += "-deterministic" * options.deterministic + "-compile" * options.compile
     if options.device == "cuda":
         from benchmarks.gpu import on_gpu as rows
     else:

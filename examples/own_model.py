@@ -37,7 +37,7 @@ def main():
     train, test = digits()
     config = Config(preset="best", population=8, generations=8, epochs=1, out=RUN, overwrite=True)
     # The loss, the learning rate and the momentum are evolved anyway; one more variable is one more line.
-    space = (*config.resolved().search_space(), Variable("weight_decay", 1e-5, 1e-2, log=True))
+    space = (*config.search_space(), Variable("weight_decay", 1e-5, 1e-2, log=True))
     outcome = evolve(config, SmallNet, train, test, space)
 
     images = outcome.data.test.images  # uint8; outcome.model takes them normalised

@@ -38,8 +38,8 @@ def main():
     torch.manual_seed(0)
     model = own_model.SmallNet(num_classes=10, in_channels=1)
     steps = len(labels) // schedule["batch_size"]
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - 1 / (steps * schedule["average_epochs"])),
-                            use_buffers=True)
+    decay = 1 - 1 / (steps * schedule["average_epochs"]) if schedule["average_epochs"] else 0.0
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
     for epoch, loss_function in zip(schedule["epochs"], losses(schedule), strict=True):
         optimizer.param_groups[0].update(
@@ -51,8 +51,7 @@ def main():
             loss.backward()
             optimizer.step()
             average.update_parameters(model)
-    result = average if schedule["average_weights"] else model
-    print(f"a new one by its schedule: test accuracy {accuracy(result):.4f} after {len(schedule['epochs'])} epochs")
+    print(f"a new one by its schedule: test accuracy {accuracy(average):.4f} after {len(schedule['epochs'])} epochs")
 
 
 if __name__ == "__main__":

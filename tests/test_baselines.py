@@ -1,16 +1,16 @@
 """Baseline 1 against a plain PyTorch training loop, and PBT against its rules worked out by hand."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines import PBT_SPACE, exploit_and_explore
+from augmentation import draw_augmentation, make_batch, normalize
+from baselines import exploit_and_explore
 from config import Config
-from data import Augmentation, draw_augmentation, load_data, make_batch, normalize
+from data import load_data
 from evolution import Variable, random_stream
 from models import make_model
 from records import read_log
@@ -18,7 +18,6 @@ from records import read_log
 SPACE = (Variable("a", 1e-3, 1.0, log=True), Variable("b", 0.0, 10.0))
 # Best to worst: 1 5 3 7 0 4 6 2. Of eight, the quarters are 1 5 and 6 2.
 FITNESS = np.array([0.5, 0.9, 0.1, 0.7, 0.3, 0.8, 0.2, 0.6])
-DATA = SimpleNamespace(augmentation=Augmentation(cutout=16))
 H = np.array([[0.1, 1.0], [0.2, 2.0], [0.3, 3.0], [0.4, 4.0], [0.5, 5.0], [0.9, 6.0], [0.7, 7.0], [0.8, 8.0]])
 
 
@@ -28,14 +27,10 @@ def many(fitness=FITNESS, h=H, n=2000):
     return tuple(map(np.array, zip(*repetitions, strict=True)))
 
 
-def test_only_the_worst_quarter_is_replaced():
+def test_each_of_the_worst_quarter_alone_copies_one_of_the_best_quarter_at_random():
     source, h = many()
     better = [0, 1, 3, 4, 5, 7]
     assert (source[:, better] == better).all() and (h[:, better] == H[better]).all()
-
-
-def test_each_of_the_worst_copies_one_of_the_best_quarter_at_random():
-    source, _ = many()
     assert set(np.unique(source[:, [2, 6]])) == {1, 5}
     np.testing.assert_allclose((source[:, [2, 6]] == 1).mean(axis=0), 0.5, atol=0.05)
     assert (source[:, 2] == source[:, 6]).mean() == pytest.approx(0.5, abs=0.05)  # independently
@@ -55,29 +50,21 @@ def test_what_is_copied_is_multiplied_or_divided_by_exactly_1_2_or_drawn_anew():
     assert new.min() >= 0 and (new <= [1.0, 10.0]).all() and (new[..., 0][source[:, [2, 6]] == 5] == 1.0).any()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_population_of_less_than_four_has_no_quarter(n):
-    source, h = many(FITNESS[:n], H[:n], 20)
-    assert (source == np.arange(n)).all() and (h == H[:n]).all()
+DEAD = -np.inf
 
 
-def test_whoever_diverged_ranks_below_a_fitness_of_0():
-    fitness = np.array([0.4, 0.3, -1.0, 0.2, 0.0, 0.5, 0.0, 0.1])  # 2, and of the two zeros the younger, 6
-    source, _ = many(fitness, n=50)
-    assert set(np.unique(source[:, [2, 6]])) == {0, 5} and (source[:, [1, 3, 4, 7]] == [1, 3, 4, 7]).all()
-
-
-def test_whoever_diverged_is_never_copied_while_another_lives():
-    source, _ = many(np.array([-1, -1, -1, -1, -1, 0.1, -1, -1]), n=50)
-    assert (source == [0, 1, 2, 3, 4, 5, 5, 5]).all()
-
-
-def test_a_population_that_diverged_altogether_goes_on():
-    source, _ = many(np.full(8, -1.0), n=50)
-    assert set(np.unique(source[:, [6, 7]])) == {0, 1}
-
-
-# Whole runs.
+@pytest.mark.parametrize("fitness, sources", [
+    # Of those with a fitness of 0 the younger is worse, and whoever diverged is the worst.
+    ([0.4, 0.3, DEAD, 0.2, 0.0, 0.5, 0.0, 0.1], [{0}, {1}, {0, 5}, {3}, {4}, {5}, {0, 5}, {7}]),
+    ([0.4, 0.3, DEAD, -2.0, -0.1, 0.5, -0.2, 0.1], [{0}, {1}, {0, 5}, {0, 5}, {4}, {5}, {6}, {7}]),
+    # Nobody who diverged is copied while another lives; else the run goes on.
+    ([DEAD] * 5 + [0.1, DEAD, DEAD], [{0}, {1}, {2}, {3}, {4}, {5}, {5}, {5}]),
+    ([DEAD] * 8, [{0}, {1}, {2}, {3}, {4}, {5}, {0, 1}, {0, 1}]),
+    ([0.5, 0.9, 0.1], [{0}, {1}, {2}]),  # of less than four there is no quarter
+])
+def test_who_is_copied_to_whom(fitness, sources):
+    source, _ = many(np.array(fitness), H[:len(fitness)], n=50)
+    assert [set(column) for column in source.T.tolist()] == sources
 
 
 def check_pbt(log, population):
@@ -103,7 +90,7 @@ def check_pbt(log, population):
 
 
 def test_pbt_of_the_papers_size_with_members_that_diverge(pretend):
-    config = Config(method="pbt", dataset="cifar10").resolved()
+    config = Config("cifar10", method="pbt")
     result = pretend(config, diverges=lambda m: np.random.default_rng(m.id).random() < 0.2)
     check_pbt(result.log, 40)
     assert sum(len(individuals) for individuals, *_ in result.calls) == 25 * 40 == config.evaluations()
@@ -114,26 +101,35 @@ def test_pbt_on_real_networks(run_epbt):
     check_pbt(read_log(run_epbt("--method", "pbt", "--population", "5")), 5)
 
 
-def test_pbt_evolves_the_learning_rate_in_place_of_a_schedule():
-    config = Config(method="pbt").resolved()
-    assert config.search_space() == PBT_SPACE and config.fixed(DATA)["lr_decay"] == 1
-    rates = [0.1 * PBT_SPACE[0].low, 0.1 * PBT_SPACE[0].high]
-    assert rates == pytest.approx([0.0001, 0.1])  # Sec. 4.1
-
-
 def test_random_networks_keep_their_own_rate_and_weights(pretend):
-    log = pretend(Config(method="random", population=6, generations=4).resolved()).log
+    log = pretend(Config("cifar10", method="random", population=6, generations=4)).log
     assert len({m["hyperparameters"]["lr_scale"] for m in log[0]["population"]}) == 6
     for before, after in zip(log, log[1:], strict=False):
         for old, new in zip(before["population"], after["population"], strict=True):
             assert new["parent"] == old["id"] and new["hyperparameters"] == old["hyperparameters"]
-    assert Config(method="random").resolved().fixed(DATA)["lr_decay"] == 5  # under the fixed schedule
+
+
+def test_an_early_stopped_network_trains_on_and_its_best_generation_is_delivered(run_epbt):
+    stopped, plain = (run_epbt("--method", "baseline", "--label-noise", "0.4", *options) for options in (
+        ("--early-stopping", "--learning-rate", "0.3", "--generations", "6"), ()))
+    log, summary = read_log(stopped), json.loads((stopped / "summary.json").read_text())
+    fitness = {m["id"]: m["fitness"] for line in log for m in line["population"]}
+    first_best = [min(i for i in range(g + 1) if fitness[i] == max(list(fitness.values())[:g + 1])) for g in range(6)]
+    for g, line in enumerate(log):
+        assert [m["id"] for m in line["population"]] == sorted({first_best[g], g})
+        assert [m["id"] for m in line["population"] if m["elite"]] == [first_best[g]]
+        assert [m["parent"] for m in line["population"]] == [
+            m["id"] - 1 if m["id"] else None for m in line["population"]]
+    assert summary["best"]["id"] == first_best[5]
+    assert len(json.loads((stopped / "schedule.json").read_text())["epochs"]) == first_best[5] + 1
+    digests = [json.loads((folder / "config.json").read_text())["data"] for folder in (stopped, plain)]
+    assert digests[0] != digests[1]  # the plain one trains on the validation images as well
+    assert all("memorised" in m["scores"] for line in log for m in line["population"])
 
 
 def test_baseline_1_is_a_plain_training_loop(run_epbt, one_thread):
-    folder = run_epbt("--method", "baseline", "--seed", "3")
-
-    data = load_data("digits", seed=3, validation=60, enlarge=1, limit=300, train_on_all=True)
+    folder = run_epbt("--method", "baseline", "--seed", "3", "--batch-size", "128", "--augmentation", "shift=1")
+    data = load_data("digits", seed=3, validation=60, limit=300, train_on_all=True, augmentation="shift=1")
     assert len(data.train) == 300
     model = make_model("resnet8", 10, 1, seed=int(random_stream("weights", 3, 0).integers(2**63)))
     model = model.to(memory_format=torch.channels_last)  # another layout would round otherwise

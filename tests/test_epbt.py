@@ -300,8 +300,10 @@ def test_several_mistakes_are_told_at_once(capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("--dataset cifar10 --data-root nowhere", "epbt, preset paper, of resnet32 on cifar10: 520 evaluations of 8 epochs, 4160"),
-    ("--dataset svhn --preset best --out= --workers 0 --threads 0", "epbt, preset best, of resnet32 on svhn: 1210 "),
+    ("--dataset cifar10 --data-root nowhere",
+     "epbt, preset paper, of resnet32 on cifar10: 520 evaluations of 8 epochs, 4160"),
+    ("--dataset svhn --preset best --high-rates --out= --workers 0 --threads 0",
+     "epbt, preset best, of resnet32 on svhn: 1210 "),
     ("--method baseline --population 9 --limit 0", "baseline, preset known, of resnet8 on digits: 15 evaluations"),
 ])
 def test_a_plan_tells_the_cost_without_the_data(arguments, words, capsys):
@@ -339,8 +341,8 @@ OWN = dict(population=4, generations=2, epochs=1, loss_backend="reference", work
     ("resnet8", IMAGES, IMAGES, "must be .* not an object of the class str"),
     (lambda num_classes, in_channels: make_small(4, 1), IMAGES, IMAGES, "not .*<lambda>"),
     (torch.nn.Linear, IMAGES, IMAGES, "--model .*:Linear: .* unexpected keyword argument 'num_classes'"),
-    (make_small, IMAGES, None, "the test data are NoneType"),
-    (make_small, None, IMAGES, "the training data are NoneType"),
+    (make_small, IMAGES, None, "the test data .*NoneType"),
+    (make_small, None, IMAGES, "the training data .*NoneType"),
     (None, None, None, r"no data: name a data set, or give train and test to evolve\(\)"),
 ])
 def test_a_call_of_evolve_that_cannot_work_is_refused_in_one_line(model, train, test, words, tmp_path):

@@ -3,14 +3,15 @@
 import math
 import random
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from models import MODELS, BasicBlock, PreActivationBlock, make_model, model_error
-from training import mismatch
+from errors import ConfigError
+from models import MODELS, BasicBlock, PreActivationBlock, find_factory, import_name, make_model
 
 # Parameters, for ten classes and three channels, and convolutions. A ResNet's name counts its linear layer too; a
 # WRN's only the convolutions, 1x1 shortcuts included. Sec. 4.1: 0.47 million for ResNet-32, about 11 for the WRNs.
@@ -36,42 +37,6 @@ from torch import nn
 def small(num_classes, in_channels): return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
 def wrong(classes): return small(classes, 1)
 def nothing(num_classes, in_channels): return 42
-def lazy(num_classes, in_channels): return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
-def frozen(num_classes, in_channels): return small(num_classes, in_channels).requires_grad_(False)
-def double(num_classes, in_channels): return small(num_classes, in_channels).double()
-class OneAtATime(nn.Linear):
-    def __init__(self, num_classes, in_channels): super().__init__(8, num_classes)
-    def forward(self, x): return super().forward(x.mean((1, 2))) if self.training else x.mean((1, 2)).argmax(1)
-class Pair(nn.Linear):
-    def __init__(self, num_classes, in_channels): super().__init__(8, num_classes)
-    def forward(self, x): return x, super().forward(x)
-class Centred(nn.Linear):
-    def __init__(self, num_classes, in_channels):
-        super().__init__(8, num_classes)
-        self.register_buffer("centre", torch.zeros(()))
-    def forward(self, x):
-        if self.training: self.centre = 0.9 * self.centre + 0.1 * x.mean()
-        return super().forward(x.mean((1, 2)) - self.centre)
-backbones = []
-def shared(num_classes, in_channels):
-    backbones[:] = backbones or [nn.Linear(8, 8)]
-    return nn.Sequential(backbones[0], nn.Flatten(), nn.Linear(in_channels * 64, num_classes))
-def projected(num_classes, in_channels, persistent=False):
-    model = small(num_classes, in_channels)
-    model.register_buffer("projection", torch.randn(3), persistent)
-    return model
-def kept(num_classes, in_channels): return projected(num_classes, in_channels, True)
-def volume(num_classes, in_channels):
-    return nn.Sequential(nn.Unflatten(1, (1, -1)), nn.Conv3d(1, 1, 1), small(num_classes, in_channels))
-class Standardized(nn.Conv2d):
-    def __init__(self, num_classes, in_channels): super().__init__(in_channels, num_classes, 8)
-    def forward(self, x):
-        flat = self.weight.view(self.weight.size(0), -1)
-        return torch.nn.functional.conv2d(x, self.weight / flat.std(1)[:, None, None, None], self.bias).flatten(1)
-def normalized(num_classes, in_channels):
-    return nn.Sequential(nn.GroupNorm(1, in_channels), small(num_classes, in_channels))
-def normalized_later(num_classes, in_channels):
-    return nn.Sequential(nn.Conv2d(in_channels, in_channels, 1), normalized(num_classes, in_channels))
 def drawn(num_classes, in_channels):
     model = small(num_classes, in_channels)
     with torch.no_grad():
@@ -196,77 +161,47 @@ def test_replaced_stem_keeps_its_bias():
     assert stem.weight.shape == (96, 2, 7, 7) and stem.bias.shape == (96,) and not stem.bias.any()
 
 
-def test_own_factory(own_module):
-    assert model_error("zoo.own_nets:small") is None
+def test_a_factory_of_ones_own(own_module):
     assert make_model("zoo.own_nets:small", 5, 2, seed=0)(torch.zeros(3, 2, 8, 8)).shape == (3, 5)
-
-
-def test_factory_that_makes_no_module(own_module):
-    with pytest.raises(ValueError, match="own_nets:nothing: the factory returned int, not a torch.nn.Module"):
+    with pytest.raises(ConfigError, match="own_nets:nothing: the factory returned int, not a torch.nn.Module"):
         make_model("zoo.own_nets:nothing", 5, 2, seed=0)
 
 
 @pytest.mark.parametrize("name, words", [
     ("resnet23", ["no model is called 'resnet23', did you mean 'resnet32'?", "wrn-28-5, torchvision:NAME"]),
-    ("ResNet32", ["did you mean 'resnet32'?"]),
-    ("zzz", ["no model is called 'zzz'; accepted are resnet8"]),
-    ("", ["no model is called ''"]),
-    (":small", ["no model is called ':small'"]),
+    ("ResNet32", ["did you mean 'resnet32'?"]), ("zzz", ["no model is called 'zzz'; accepted are resnet8"]),
+    ("", ["no model is called ''"]), (":small", ["no model is called ':small'"]),
     ("torchvision:resnet19", ["no classification model called 'resnet19', did you mean 'resnet18'?"]),
     ("torchvision:", ["no classification model called ''"]),
     ("no.such:thing", ["cannot import 'no.such' (ModuleNotFoundError: No module named 'no')"]),
     ("zoo.broken:net", ["cannot import 'zoo.broken' (ZeroDivisionError: division by zero)"]),
     ("zoo.own_nets:Smal", ["own_nets.py has no callable 'Smal', did you mean 'small'?"]),
     ("zoo.own_nets:number", ["own_nets.py has no callable 'number'"]),
-    ("zoo.own_nets:wrong", ["factory(num_classes=..., in_channels=...)", "required argument: 'classes'"]),
 ])
 def test_names_that_are_no_model(own_module, name, words):
-    line = model_error(name)
-    assert "\n" not in line and all(word in line for word in words), line
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ConfigError, match="^--model") as error:
         make_model(name, 10, 3, seed=0)
-    assert str(error.value) == line
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
 
 
 @pytest.mark.parametrize("name", [*MODELS, "torchvision:resnet18", "torchvision:vit_b_16"])
 def test_names_that_are_models(name):
-    assert model_error(name) is None
+    assert callable(find_factory(name))
 
 
-@pytest.mark.parametrize("name, shape, words", [
-    ("resnet8", (1, 8, 8), None),
-    ("torchvision:googlenet", (3, 64, 64), None),
-    ("zoo.own_nets:small", (3, 8, 8), None),
-    ("zoo.own_nets:small", (3, 8, 9), ["trained on batches of 5 images of 3 x 8 x 9", "RuntimeError: mat1 and mat2"]),
-    ("zoo.own_nets:lazy", (3, 8, 8), ["lazy layers"]),
-    ("zoo.own_nets:frozen", (3, 8, 8), ["does not require grad"]),
-    ("zoo.own_nets:double", (3, 8, 8), ["must be float32, not torch.float64"]),
-    ("zoo.own_nets:OneAtATime", (3, 8, 8), ["a tensor (2, 7), not (2,)"]),
-    ("zoo.own_nets:Pair", (3, 8, 8), ["a tensor (2, 7), not tuple"]),
-    ("zoo.own_nets:Centred", (3, 8, 8), ["forward() replaces the buffer centre", "copy_()"]),
-    ("zoo.own_nets:shared", (3, 8, 8), ["every parameter and buffer anew in each call"]),
-    ("zoo.own_nets:projected", (3, 8, 8), ["its buffer projection is drawn at random", "persistent=True"]),
-    ("zoo.own_nets:kept", (3, 8, 8), None),
-    ("zoo.own_nets:volume", (3, 8, 8), ["RuntimeError: required rank 4 tensor to use channels_last format"]),
-    ("zoo.own_nets:Standardized", (3, 8, 8), ["RuntimeError: view size is not compatible"]),  # weights are channels last
-    ("zoo.own_nets:normalized", (3, 8, 8), ["PyTorch crashes on a GroupNorm whose input needs no gradient"]),
-    ("zoo.own_nets:normalized_later", (3, 8, 8), None),
-    ("zoo.own_nets:nothing", (3, 8, 8), ["returned int"]),
-    ("torchvision:vit_b_16", (3, 32, 32), ["AssertionError: Wrong image height! Expected 224 but got 32!"]),
-])
-def test_a_model_that_does_not_fit_the_data_is_told_in_a_line(own_module, name, shape, words):
-    before = torch.get_rng_state()
-    line = mismatch(name, 7, shape, batch_size=5)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert line is None if words is None else "\n" not in line and all(word in line for word in [name, *words]), line
+def local():
+    def factory(num_classes, in_channels):
+        return 1
+    return factory
 
 
-def test_too_many_outputs_are_a_mismatch(own_module, monkeypatch):
-    monkeypatch.setitem(MODELS, "wide", lambda num_classes, in_channels: make_model("resnet8", 99, in_channels, seed=0))
-    assert "must return a tensor (2, 10), not (2, 99)" in mismatch("wide", 10, (3, 8, 8), batch_size=5)
-
-
-def test_a_batch_of_one_image_is_tried_as_one():
-    words = "cannot be trained on batches of 1 images of 3 x 32 x 32 (channels, height, width): ValueError: Expected more"
-    assert words in mismatch("torchvision:resnet18", 10, (3, 32, 32), batch_size=1)
-    assert mismatch("resnet8", 10, (3, 8, 8), batch_size=1) is None
+@pytest.mark.parametrize("factory, name", [
+    (BasicBlock, "models:BasicBlock"), (nn.Linear, "torch.nn.modules.linear:Linear"), (local, f"{__name__}:local"),
+    (local(), "not local.<locals>.factory"), (lambda x: x, "not <lambda>"), (make_model, "models:make_model"),
+    (partial(local), "not an object of the class partial"), (nn.ReLU(), "not an object of the class ReLU"),
+    ("resnet8", "not an object of the class str"), (nn.Linear.forward, "not Linear.forward"), (None, "NoneType")])
+def test_the_name_by_which_a_worker_imports_a_function(factory, name):
+    try:
+        assert import_name(factory, "make(x)") == name
+    except ConfigError as error:
+        assert "at the top level of a module, called as make(x), not " in str(error) and name in str(error)

@@ -4,11 +4,14 @@ import json
 
 import pytest
 
-import epbt
-from replay import ancestry, read_schedule
+from config import Config
+from epbt import main
+from errors import ConfigError, RunError
+from records import read_log
+from replay import ancestry, checked_schedule, read_schedule, replay_config
+from taylorglo_ext import label_smoothing, losses
 
-TINY = ["--dataset", "digits", "--limit", "200", "--validation", "40", "--workers", "1", "--loss-backend", "reference",
-        "--device", "cpu"]
+ALONE = "--limit 200 --validation 40 --workers 1 --threads 1 --loss-backend reference --device cpu".split()
 
 
 def member(id, parent, fitness, diverged=False):
@@ -24,108 +27,103 @@ def test_ancestry_follows_parents_and_names_an_elite_once():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "epbt"
-    epbt.main([*TINY, "--population", "4", "--generations", "3", "--epochs", "2", "--out", str(folder)])
-    return folder
+def finished(run_epbt):
+    return run_epbt("--epochs", "2", "--average-weights", "1.5")
 
 
-def test_schedule_has_what_the_winner_was_trained_with_epoch_by_epoch(finished):
-    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    line, epochs = ancestry(log), read_schedule(finished)["epochs"]
-    assert len(epochs) == 2 * len(line)
+@pytest.fixture
+def edited(finished, tmp_path):
+    """Writes the schedule with other values, and returns its path."""
+    def write(**values):
+        path = tmp_path / "schedule.json"
+        path.write_text(json.dumps(json.loads((finished / "schedule.json").read_text()) | values))
+        return path
+    return write
+
+
+def test_a_schedule_has_what_the_winner_was_trained_with_epoch_by_epoch(finished):
+    line, found = ancestry(read_log(finished)), read_schedule(finished)
+    assert len(found["epochs"]) == 2 * len(line)
+    assert (found["side"], found["average_epochs"], found["plain_loss"]) == (8, 3, "cross-entropy")
     for i, ancestor in enumerate(line):
         h = ancestor["hyperparameters"]
-        for e, epoch in enumerate(epochs[2 * i: 2 * i + 2]):
-            passed = sum(2 * ancestor["generation"] + e >= at for at in (2, 4, 5))  # 30, 60, 80% of 6 epochs
+        for e, epoch in enumerate(found["epochs"][2 * i: 2 * i + 2]):
+            passed = sum(2 * ancestor["generation"] + e >= at for at in (2, 4, 5))  # 30, 60, 80% of 6
             assert epoch["learning_rate"] == pytest.approx(0.1 * h["lr_scale"] / h["lr_decay"] ** passed)
             assert epoch["momentum"] == h["momentum"]
             assert epoch["theta"] == [h[f"theta{j}"] for j in range(8)]
 
 
-def test_replay_trains_one_network_under_the_stretched_schedule(finished, tmp_path):
+def test_a_replay_trains_one_network_under_the_stretched_schedule(finished, tmp_path):
     epochs = read_schedule(finished)["epochs"]
     n = 2 * len(epochs)
-    epbt.main([*TINY, "--replay", str(finished), "--generations", str(n), "--out", str(tmp_path / "replay")])
-    log = [json.loads(line) for line in (tmp_path / "replay" / "log.jsonl").read_text().splitlines()]
-    assert len(log) == n
+    main([*ALONE, "--replay", str(finished), "--generations", str(n), "--out", str(tmp_path)])
+    assert len(log := read_log(tmp_path)) == n
     for g, line in enumerate(log):
         (network,) = line["population"]
         assert network["parent"] == (g - 1 if g else None)
-        assert network["hyperparameters"]["theta5"] == epochs[g // 2]["theta"][5]
-        assert 0.1 * network["hyperparameters"]["lr_scale"] == pytest.approx(epochs[g // 2]["learning_rate"])
+        applied, then = network["applied"], epochs[g // 2]
+        assert applied["learning_rate"] == pytest.approx([then["learning_rate"]])
+        assert {name: applied[name] for name in ("theta", "momentum", "weight_decay")} == {
+            name: then[name] for name in ("theta", "momentum", "weight_decay")}
 
 
-def test_a_loss_that_had_cross_entropy_added_is_replayed_with_it(finished, tmp_path):
-    found = json.loads((finished / "schedule.json").read_text())
-    assert found["add_cross_entropy"] is False
-    path = tmp_path / "schedule.json"
-    path.write_text(json.dumps(found | {"add_cross_entropy": True}))
-    assert epbt.Config(replay=str(path)).resolved().add_cross_entropy
-    assert found["average_epochs"] == 2
-    assert epbt.Config(replay=str(path)).resolved().average_epochs() == 2  # though an epoch a generation
-    assert epbt.Config(replay=str(path), epochs=3).resolved().average_epochs() == 2
-    assert epbt.Config(epochs=3).resolved().average_epochs() == 3
-    assert not epbt.Config(replay=str(finished)).resolved().add_cross_entropy
+def test_a_cutout_keeps_its_share_of_the_image(edited, finished, pretend):
+    epoch = read_schedule(finished)["epochs"][0] | {"cutout": 16.0}
+    (line,) = pretend(Config(**replay_config(edited(side=32, epochs=[epoch])))).log
+    assert line["population"][0]["hyperparameters"]["cutout"] == 4  # of 8 pixels
 
 
-def test_a_schedule_brings_its_data_set_and_a_resumed_replay_notices_another_schedule(finished, tmp_path, capsys):
-    path, out = tmp_path / "schedule.json", str(tmp_path / "replay")
-    found = json.loads((finished / "schedule.json").read_text()) | {"dataset": "fashion"}
-    path.write_text(json.dumps(found))
-    assert epbt.Config(replay=str(path)).resolved().dataset == "fashion"
-    assert epbt.Config(replay=str(path), dataset="svhn").resolved().dataset == "svhn"
-    replay = [*TINY, "--replay", str(path), "--generations", "1", "--out", out]
-    epbt.main(replay)
-    epbt.main([*replay, "--resume"])
-    found["epochs"][0]["momentum"] = 0.123
-    path.write_text(json.dumps(found))
-    with pytest.raises(SystemExit):
-        epbt.main([*replay, "--resume"])
-    assert "schedule is" in capsys.readouterr().err
+def test_a_schedule_brings_its_settings_and_another_data_set_may_be_named(edited, finished):
+    shared = dict(dataset="fashion", model="resnet20", batch_size=64, add_cross_entropy=True,
+                  image_size=16, augmentation="flip")
+    config = Config(**replay_config(edited(**shared)))
+    assert {name: getattr(config, name) for name in shared} == shared
+    assert (config.epochs, config.milestones, config.average_weights) == (1, (), 3)
+    assert config.loss == "taylorglo" and config.trains_on_all
+    assert checked_schedule(config) != checked_schedule(Config(**replay_config(finished)))
+    epoch = read_schedule(finished)["epochs"][0] | {"theta": None}
+    plain = dict(plain_loss="label-smoothing", epochs=[epoch])
+    assert Config(**replay_config(edited(**plain))).plain_loss == "label-smoothing"
+    assert losses(read_schedule(edited(**plain))) == [label_smoothing]
 
 
 @pytest.mark.parametrize("options, words", [
-    ("--learning-rate 0.01 --weight-decay 0.1", "--replay has --learning-rate, --weight-decay from its schedule"),
-    ("--loss cross-entropy", "--replay has --loss from its schedule"),
-    ("--normalize-loss", "--replay has --normalize-loss from its schedule"),
-    ("--add-cross-entropy", "--replay has --add-cross-entropy from its schedule"),
+    ("--learning-rate 0.01 --weight-decay 0.1", ["--learning-rate is", "--weight-decay is"]),
+    ("--loss cross-entropy --add-cross-entropy", ["--loss is", "--add-cross-entropy is"]),
+    ("--method pbt", ["--population must", "--method replay and --replay go together"]),
 ])
 def test_what_a_schedule_decides_is_no_option_of_its_replay(options, words, finished, capsys):
     with pytest.raises(SystemExit):
-        epbt.main([*TINY, "--replay", str(finished), *options.split()])
-    assert words in capsys.readouterr().err
+        main([*ALONE, "--replay", str(finished), *options.split()])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith(f"epbt.py: {word}") for line, word in zip(lines, words, strict=True)] == [True] * len(words)
 
 
-def test_a_cutout_keeps_its_share_of_the_image(finished, tmp_path):
-    path, found = tmp_path / "schedule.json", json.loads((finished / "schedule.json").read_text())
-    assert found["image_size"] == 8 and found["epochs"][0]["cutout"] == 0
-
-    def cutout_of_the_replay(name, schedule):
-        path.write_text(json.dumps(schedule | {"epochs": [found["epochs"][0] | {"cutout": 16.0}]}))
-        epbt.main([*TINY, "--replay", str(path), "--out", str(tmp_path / name)])
-        return json.loads((tmp_path / name / "log.jsonl").read_text())["population"][0]["hyperparameters"]["cutout"]
-
-    assert cutout_of_the_replay("smaller", found | {"image_size": 32}) == 4
-    del found["image_size"]  # as older runs have it
-    assert cutout_of_the_replay("unknown", found) == 16
-
-
-SCHEDULE = ('{"model": "resnet8", "batch_size": 8, "epochs": [{"learning_rate": %s, "momentum": 0, "weight_decay": 0, '
-            '"cutout": 0, "theta": %s}]}')
+def test_a_config_that_is_not_its_schedules_is_refused_and_a_resumed_replay_notices_another(edited, tmp_path, capsys):
+    path = edited(epochs=[dict(learning_rate=0.1, momentum=0.9, weight_decay=0, cutout=0, theta=None)])
+    with pytest.raises(ConfigError, match="--learning-rate is decided by the schedule of --replay: not 0.2"):
+        checked_schedule(Config("digits", method="replay", replay=str(path), learning_rate=0.2, loss="cross-entropy"))
+    main([*ALONE, "--replay", str(path), "--out", str(tmp_path / "run")])
+    edited(epochs=[dict(learning_rate=0.1, momentum=0.8, weight_decay=0, cutout=0, theta=None)])
+    with pytest.raises(SystemExit):
+        main(["--resume", "--out", str(tmp_path / "run")])
+    assert "schedule is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [
-    "", "{}", "[]", '{"model": "resnet8", "batch_size": 8, "epochs": []}', '{"epochs": [{"learning_rate": 1}]}',
-    SCHEDULE.replace('"epochs"', '"average_epochs": 0, "epochs"') % (1, "null"), SCHEDULE % (1, "[1]"),
-    SCHEDULE % (-1, "null"), SCHEDULE % ("NaN", "null"), SCHEDULE % ('"1"', "null"),
-    SCHEDULE.replace('"momentum": 0', '"momentum": 2') % (1, "null"), SCHEDULE.replace('"resnet8"', "8") % (1, "null"),
-    SCHEDULE.replace('"model"', '"dataset": 5, "model"') % (1, "null"), SCHEDULE.replace("model", "modle") % (1, "null"),
-    SCHEDULE.replace('"model"', '"image_size": 0.5, "model"') % (1, "null")])
-def test_what_is_not_a_schedule_is_refused_in_one_line(content, tmp_path, capsys):
-    path = tmp_path / "schedule.json"
-    path.write_text(content)
-    with pytest.raises(SystemExit) as exit:
-        epbt.main([*TINY, "--replay", str(path)])
-    assert exit.value.code == 2
-    assert "is not the schedule of a finished run" in capsys.readouterr().err.strip()
+    "", "{}", "[]", '{"epochs": []}', '{"epochs": [{"learning_rate": 1}]}', *(dict(epochs=[epoch]) for epoch in (
+        dict(learning_rate=-1), dict(learning_rate=float("nan")), dict(learning_rate="1"),
+        dict(momentum=2), dict(theta=[1]))),
+    dict(model=5), dict(dataset=None), dict(batch_size="8"), dict(side=0), dict(average_epochs=-1),
+    dict(plain_loss="smooth"),
+])
+def test_what_is_not_a_schedule_is_refused_in_one_line(content, edited, finished):
+    path = edited()
+    if isinstance(content, dict):
+        good = read_schedule(finished)["epochs"][0]
+        path = edited(**{name: [good | value[0]] if name == "epochs" else value for name, value in content.items()})
+    else:
+        path.write_text(content)
+    with pytest.raises(RunError, match="is not the schedule of a finished run"):
+        read_schedule(path)

@@ -1,0 +1,58 @@
+"""The Config of a command line: tyro makes each field an option."""
+
+import io
+import os
+import re
+import sys
+from contextlib import redirect_stderr
+from dataclasses import replace
+
+import tyro
+
+from config import Config, flag
+from errors import ConfigError, RunError, message
+from records import read_config
+from replay import replay_config
+
+
+def command_line(arguments, description):
+    """The Config of a command line. What it leaves out is as in the run's folder with --resume,
+    else as in the schedule of --replay, else as for the data set. Raises ConfigError, RunError."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    typed = [a for a in arguments if a not in ("-h", "--help")]
+    # What is typed is the same whatever the default.
+    first, other = (parsed(Config(x, preset=y), typed) for x, y in (("", "paper"), ("-", "best")))
+    named = {name: getattr(first, name) for name in ("dataset", "preset")
+             if getattr(first, name) == getattr(other, name)}
+    start = replay_config(first.replay) if first.replay else {"dataset": "digits"}
+    start, stored = Config(**start | named), {}
+    if first.resume and not first.overwrite:
+        out = folder_name(parsed(start, typed))
+        stored = {name: x for name, x in read_config(out).items() if hasattr(start, name)}
+        start = replace(start, **stored)
+    config = parsed(start, arguments, description)
+    if changed := [f"{flag(name)} {getattr(start, name)}, not {getattr(config, name)}"
+                   for name in stored if getattr(config, name) != getattr(start, name)]:
+        raise RunError(f"--resume goes on with the run in {out}, which has {', '.join(changed)}")
+    return config
+
+
+def parsed(start, arguments, description=None):
+    """`start` with what a command line says. Raises ConfigError: tyro's words, in one line."""
+    box, helps = io.StringIO(), {"-h", "--help"} & set(arguments)
+    # A switch that is on already may be typed again; help has it once.
+    pairs = (tyro.conf.FlagCreatePairsOff,) if helps else ()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(Config, prog="epbt.py", default=start, args=arguments,
+                            description=description, config=pairs)
+    except SystemExit as end:
+        if not end.code:  # after --help
+            raise
+    title, *parts = re.split("[-─]{9,}", re.sub("[│╭╮╰╯]", " ", box.getvalue()))
+    raise ConfigError("; ".join(line for part in parts if (line := message(part))))
+
+
+def folder_name(config):
+    data = os.path.basename(os.path.normpath(config.dataset))
+    return os.path.expanduser(config.out or f"runs/{config.method}-{data}-{config.seed}")
