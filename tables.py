@@ -22,8 +22,8 @@ from records import RunError, fittest, read_config, read_log
 
 BASELINES = ("baseline", "pbt", "random")  # methods; Sec. 4.1
 # What the runs of a row may differ in: the seed, what follows from it, and the machine.
-FREE = set("seed data replay schedule device threads loss_backend workers backend ray_address no_graphs out "
-           "data_root download resume overwrite tensorboard plan".split())
+FREE = set("seed data replay schedule device threads loss_backend workers backend ray_address "
+           "no_graphs out data_root download resume overwrite tensorboard plan".split())
 SETTINGS = "method dataset model seed generations epochs".split()
 RECORD = "id generation parent hyperparameters fitness test_accuracy diverged".split()
 FILES = ("config.json", "log.jsonl", "schedule.json", "summary.json", "timing.jsonl")
