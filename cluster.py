@@ -30,12 +30,13 @@ class RayPool:
     """A pool for `workers.Workers` whose workers are Ray's."""
 
     def __init__(self, config, data):
-        """config.workers: at most so many evaluations at once, sharing the GPUs if there are any; 0:
-        one a core or a GPU. config.ray_address: of a running cluster; empty: one is started here."""
+        """config.workers: at most so many evaluations at once, sharing the GPUs if there are any;
+        0: one a core or a GPU. config.ray_address: of a running cluster; empty: a new one."""
         count, address = config.workers, config.ray_address
         if address:
             refuse_silent(address)
-        own = {} if address else dict(include_dashboard=False, num_cpus=count * config.threads or None)
+        cores = count * config.threads or None
+        own = {} if address else dict(include_dashboard=False, num_cpus=cores)
         try:
             path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
             ray.init(address=address or "local", log_to_driver=False,
@@ -83,8 +84,8 @@ def result_of(reference, task):
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise RunError(f"individual {task.individual.id} could not be evaluated in {ATTEMPTS} attempts "
-                       f"on the Ray cluster: {str(error).splitlines()[0]}") from error
+        raise RunError(f"individual {task.individual.id} could not be evaluated in {ATTEMPTS} "
+                       f"attempts on the Ray cluster: {str(error).splitlines()[0]}") from error
 
 
 def refuse_silent(address):
@@ -123,8 +124,8 @@ def evaluate(work, task, parent, teacher):
 
 
 def pack(config, data):
-    """(the config, the data without images, the images as NumPy arrays): these are not copied out of
-    Ray's object store."""
+    """(the config, the data without images, the images as NumPy arrays): these are not copied out
+    of Ray's object store."""
     sets = {name: getattr(data, name) for name in ("train", "validation", "test")}
     arrays = {name: (s.images.permute(0, 2, 3, 1).contiguous().numpy(), s.labels.numpy())
               for name, s in sets.items()}

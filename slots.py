@@ -41,7 +41,7 @@ class Slot(Trainer):
         torch.cuda.synchronize(self.device)  # what the default stream made is used on another now
 
     def make_networks(self, seed):
-        """The first time, make networks and capture their steps; then fill them with new weights."""
+        """The first time, make networks and capture their steps; then give them new weights."""
         if not self.captured:
             return super().make_networks(seed)
         if self.network is None:
@@ -55,7 +55,7 @@ class Slot(Trainer):
         load_tensors(self.network.tensors(), self.new_network(seed).tensors())
 
     def repeat(self, step, count):
-        """Take a step so many times, giving other slots their turns, until the GPU has done them."""
+        """Take a step so many times, giving other slots turns, until the GPU has done them."""
         if self.captured:
             step = self.graph(step)
         self.position.zero_()
@@ -216,8 +216,8 @@ def remembered(config, data):
     """The file that remembers how many slots pay."""
     what = [torch.__version__, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1],
             config.model, config.precision, config.layout, config.batch_size,
-            config.distillation > 0, config.average_weights > 0, data.channels, data.height, data.width,
-            data.num_classes,
+            config.distillation > 0, config.average_weights > 0, data.channels, data.height,
+            data.width, data.num_classes,
             Path(__file__).read_text(encoding="utf-8")]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")

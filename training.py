@@ -22,7 +22,8 @@ from taylorglo_ext import PLAIN_LOSSES, TaylorGLOLoss, loss_and_gradient
 
 EVALUATION_BATCH = 500  # at most
 # What training applies: evolved, or Config.fixed's where it is not.
-HYPERPARAMETERS = (*(f"theta{i}" for i in range(8)), "lr_scale", "lr_decay", "momentum", "weight_decay", "cutout")
+HYPERPARAMETERS = (*(f"theta{i}" for i in range(8)), "lr_scale", "lr_decay", "momentum",
+                   "weight_decay", "cutout")
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Network:
         self.momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
 
     def tensors(self):
-        """The state by name, "model/conv.weight" and "momentum/conv.weight": the tensors themselves."""
+        """The state by name, such as "model/conv.weight" and "momentum/conv.weight"."""
         return ({f"model/{name}": tensor.detach() for name, tensor in named_tensors(self.model)}
                 | {f"momentum/{name}": buffer for name, buffer in self.momentum.items()})
 
@@ -79,22 +80,27 @@ def plain_attributes(model):
 
 @torch.no_grad()
 def load_tensors(target, source):
-    """Copy the tensors of `source` into those of `target`, by name. Raises RunError where they do not match."""
-    for name in [*target, *(name for name in source if name not in target)]:
-        ours, theirs = target.get(name), source.get(name)
-        if ours is None or theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-            said = ["has none" if t is None else f"has {t.dtype} {tuple(t.shape)}" for t in (ours, theirs)]
-            raise RunError(f"the weights in the run's folder are of another model, which has been changed since: "
-                           f"for the tensor {name} the model {said[0]}, the folder {said[1]}")
+    """Copy the tensors of `source` into those of `target`, by name. Raises RunError if they do not
+    match."""
+    for name in target | source:
+        ours, theirs = ("none" if t is None else f"{t.dtype} {tuple(t.shape)}"
+                        for t in (target.get(name), source.get(name)))
+        if ours != theirs:
+            raise RunError("the weights in the run's folder are of another model, or of one that has "
+                           f"changed: of the tensor {name} it has {ours}, the folder {theirs}")
     torch._foreach_copy_(list(target.values()), [source[name] for name in target])
 
 
 def model_tensors(state):
-    """The part of an individual's state that is scored, teaches and is delivered: {"model/...": tensor}.
+    """The part of an individual's state that is scored, teaches and is delivered: {"model/...":
+    tensor}. It is the running mean of the weights where there is one (Config.average_weights)."""
+    return part(state, "average", "model") or part(state, "model", "model")
 
-    It is the running mean of the weights where there is one (Config.average_weights)."""
-    mean = {name.replace("average/", "model/", 1): t for name, t in state.items() if name.startswith("average/")}
-    return mean or {name: t for name, t in state.items() if name.startswith("model/")}
+
+def part(state, kind, called):
+    """The tensors of one kind, called as of another."""
+    return {name.replace(kind, called, 1): t for name, t in state.items()
+            if name.startswith(f"{kind}/")}
 
 
 class Trainer:
@@ -105,33 +111,33 @@ class Trainer:
         self.config, self.data, self.device = config, data, torch.device(config.device)
         n = len(data.train)
         self.batch = min(config.batch_size, n)
-        self.steps = n // self.batch  # paper: unspecified: images left over wait for the next epoch's order
-        # What steps read and write is filled, never replaced, so that slots.py can capture them as CUDA graphs.
+        self.steps = n // self.batch  # paper: unspecified: what is left over waits
+        # What steps read and write is filled, never replaced, as a CUDA graph needs it (slots.py).
         integers = dict(dtype=torch.int64, device=self.device)
-        self.position = torch.zeros((), **integers)  # where in the epoch's order the next batch begins
+        self.position = torch.zeros((), **integers)  # in the epoch's order, of the next batch
         self.order = torch.zeros(self.steps * self.batch, **integers)
         self.draws = torch.zeros(self.steps * self.batch, 5, **integers)
         self.cutout = torch.zeros((), **integers)
         self.alpha, self.total_loss = (torch.zeros((), device=self.device) for _ in range(2))
         self.rates = torch.zeros(3, device=self.device)  # learning rate, momentum, weight decay
         self.taylorglo = TaylorGLOLoss(torch.zeros(8), config.add_cross_entropy).to(self.device)
-        self.validation, self.test = (Classifier(self, part) for part in (data.validation, data.test))
+        self.validation, self.test = (Classifier(self, s) for s in (data.validation, data.test))
         self.mislabelled = None
         if data.train_clean is not None:
             wrong = data.train.labels != data.train_clean
-            inner = slice(data.augmentation.shift, -data.augmentation.shift or None)  # without the border of zeros
-            images = data.train.images[wrong][:, :, inner, inner]
+            inner = slice(data.augmentation.shift, -data.augmentation.shift or None)
+            images = data.train.images[wrong][:, :, inner, inner]  # without the border of zeros
             self.mislabelled = Classifier(self, ImageSet(images, data.train.labels[wrong]))
 
     def evaluate(self, task):
-        """Alg. 1, step 3a: train the individual, score it, write its file. Returns it, results filled in."""
+        """Alg. 1, step 3a: train the individual, score it, write its file; returns it."""
         individual, config = task.individual, self.config
         rng = random_stream("training", config.seed, individual.generation, individual.id)
         with random_states_kept():
-            self.set_hyperparameters({**config.fixed(self.data.augmentation.cutout), **individual.hyperparameters},
-                                     task)
+            h = config.fixed(self.data.augmentation.cutout) | individual.hyperparameters
+            self.set_hyperparameters(h, task)
             self.load(task)
-            seed = int(rng.integers(2**63))  # for models with dropout, which draw from the global generators
+            seed = int(rng.integers(2**63))  # dropout draws from the global generators
             torch.manual_seed(seed)
             seed_numpy_and_python(seed)
             self.train(individual, rng)
@@ -160,26 +166,26 @@ class Trainer:
         seed = int(random_stream("weights", self.config.seed, task.individual.id).integers(2**63))
         self.make_networks(seed)
         parent = {} if task.parent is None else load_individual(task.parent)[1]
-        average = {name: t for name, t in parent.items() if name.startswith("average/")}
+        average = part(parent, "average", "average")
         if parent:
             self.network.load({name: t for name, t in parent.items() if name not in average})
         if self.config.average_weights:
-            load_tensors(self.average, average or {name.replace("model/", "average/", 1): t
-                                                   for name, t in self.network.tensors().items()
-                                                   if name.startswith("model/")})
+            load_tensors(self.average, average or part(self.network.tensors(), "model", "average"))
         if task.teacher is not None:
-            load_tensors(model_tensors(self.teacher.tensors()), model_tensors(load_individual(task.teacher)[1]))
+            state = load_individual(task.teacher)[1]
+            load_tensors(model_tensors(self.teacher.tensors()), model_tensors(state))
 
     def make_networks(self, seed):
-        """A new model for each role, so that nothing that a model keeps outside its tensors carries over."""
-        self.network = self.new_network(seed)
-        self.scored = self.new_network(seed)
-        self.teacher = self.new_network(seed) if self.distilled else None
-        for network in filter(None, (self.scored, self.teacher)):  # paper: unspecified: the teacher's mode
-            network.model.eval()
+        """A new model for each role, so that nothing that it keeps outside its tensors carries
+        over."""
+        self.network, self.scored = self.new_network(seed), self.new_network(seed)
         self.network.model.train()
-        self.average = {f"average/{name}": t.detach().clone() for name, t in named_tensors(self.network.model)
-                        } if self.config.average_weights else {}
+        self.scored.model.eval()
+        self.teacher = self.new_network(seed) if self.distilled else None
+        if self.teacher:
+            self.teacher.model.eval()  # paper: unspecified: its mode
+        tensors = self.network.tensors() if self.config.average_weights else {}
+        self.average = {n: t.clone() for n, t in part(tensors, "model", "average").items()}
 
     def new_network(self, seed):
         model = make_model(self.config.model, self.data.num_classes, self.data.channels, seed)
@@ -200,7 +206,7 @@ class Trainer:
                 break
 
     def train_epoch(self, rng):
-        """One pass over the training images, in a new order, under new augmentations. Returns the mean loss."""
+        """One pass over the training images, in a new order, newly augmented: the mean loss."""
         n = len(self.order)
         self.order.copy_(torch.from_numpy(rng.permutation(len(self.data.train))[:n]))
         draws = draw_augmentation(self.augmentation, n, self.data.height, self.data.width, rng)
@@ -224,8 +230,8 @@ class Trainer:
         """One step of SGD on the next batch."""
         data, rows = self.data, self.next_rows(self.batch)
         index, draws = self.order[rows], self.draws[rows]
-        images = make_batch(data.train.images, index, draws, self.augmentation, data.mean, data.std, self.cutout)
-        images = self.laid_out(images)
+        images = self.laid_out(make_batch(data.train.images, index, draws, self.augmentation,
+                                          data.mean, data.std, self.cutout))
         teacher_logits = None
         if self.distilled:
             with torch.no_grad():  # a copy, since a model may change its input in place
@@ -246,21 +252,23 @@ class Trainer:
         return images.clone(memory_format=torch.contiguous_format)
 
     def logits(self, model, images):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        bfloat16 = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images)
         wanted = len(images), self.data.num_classes
-        if not isinstance(logits, torch.Tensor) or logits.shape != wanted:
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ValueError(f"for {wanted[0]} images of {wanted[1]} classes the model must return a tensor {wanted}, "
-                             f"not {found}")
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if found != wanted:
+            raise ValueError(f"for {wanted[0]} images of {wanted[1]} classes the model must return "
+                             f"a tensor {wanted}, not {found}")
         return logits.float()
 
     def backward(self, logits, labels, teacher_logits):
-        """Eq. 2 with Eq. 3 inside, or a plain loss where theta is not among the hyperparameters; and its gradients."""
+        """Eq. 2 with Eq. 3 inside, or without theta a plain loss; and its gradients."""
         alpha = None if teacher_logits is None else self.alpha
         if self.has_theta and not self.config.add_cross_entropy:
-            loss, gradient = loss_and_gradient(logits, labels, self.taylorglo.theta, teacher_logits, alpha)
-            logits.backward(gradient)
+            loss, gradient = loss_and_gradient(logits, labels, self.taylorglo.theta, teacher_logits,
+                                               alpha)
+            KnownGradient.apply(logits, loss, gradient).backward()
         else:
             loss = self.taylorglo if self.has_theta else PLAIN_LOSSES[self.config.plain_loss]
             loss = loss(logits, labels, teacher_logits, alpha)
@@ -285,13 +293,12 @@ class Trainer:
     @torch.no_grad()
     def approach(self, weight):
         """Move the running mean of the weights a fraction `weight` of the way to the weights."""
-        new = [t.detach() for _, t in named_tensors(self.network.model)]
-        pairs = list(zip(self.average.values(), new, strict=True))
-        lerped = [(mean, t) for mean, t in pairs if mean.is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*lerped, strict=True)), weight)
-        for mean, t in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(t)
+        new = part(self.network.tensors(), "model", "average")
+        numbers = [name for name, mean in self.average.items() if mean.is_floating_point()]
+        mean, to = ([of[name] for name in numbers] for of in (self.average, new))
+        torch._foreach_lerp_(mean, to, weight)
+        for name in self.average.keys() - numbers:
+            self.average[name].copy_(new[name])
 
     def state(self):
         """A copy on the CPU of all that a child inherits."""
@@ -300,8 +307,7 @@ class Trainer:
 
     def score(self, individual, state):
         """Fitness and behaviour on the validation images; the test accuracy is for comparison only.
-
-        A model that was loaded from the state is scored, so that the numbers are the delivered model's."""
+        What is scored was loaded from the state, so that the numbers are the delivered model's."""
         load_tensors(model_tensors(self.scored.tensors()), model_tensors(state))
         logits = self.validation.logits()
         finite = individual.loss is not None and np.isfinite(logits).all() and all_finite(state)
@@ -312,8 +318,21 @@ class Trainer:
         if self.config.fitness != "accuracy":
             individual.scores.update(validation_accuracy=float(individual.correct.mean()),
                                      test_fitness=self.test.measured(self.test.logits()))
-        if self.mislabelled is not None:  # the share of the wrong labels that it has learned by heart
+        if self.mislabelled is not None:  # the share of the wrong labels that it has learned
             individual.scores["memorised"] = self.mislabelled.accuracy()
+
+
+class KnownGradient(torch.autograd.Function):
+    """A loss with its gradient. logits.backward(gradient) would do, but imports sympy: a second."""
+
+    @staticmethod
+    def forward(ctx, logits, loss, gradient):
+        ctx.gradient = gradient
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, one):
+        return ctx.gradient, None, None
 
 
 class Classifier:
@@ -338,7 +357,8 @@ class Classifier:
 
     def measured(self, logits):
         """The metric that is the fitness."""
-        return measured(self.trainer.config.fitness, torch.from_numpy(logits), torch.from_numpy(self.labels))
+        labels = torch.from_numpy(self.labels)
+        return measured(self.trainer.config.fitness, torch.from_numpy(logits), labels)
 
     def logits(self):
         """Of all images, a NumPy array (N, classes) float32."""
@@ -360,10 +380,11 @@ def accuracy(config, data, model):
 def all_finite(state):
     """Whether no number of a state is infinite or NaN."""
     numbers = [t for t in state.values() if t.numel() and (t.is_floating_point() or t.is_complex())]
-    return bool(torch.stack([norm.double() for norm in torch._foreach_norm(numbers, ord=torch.inf)]).isfinite().all())
+    return all(norm.isfinite() for norm in torch._foreach_norm(numbers, ord=torch.inf))
 
 
 def learning_rate(h, epoch, config):
-    """The rate in an epoch of the whole run: learning_rate * scale / decay^(milestones passed), Sec. 4.1."""
-    passed = sum(epoch >= round(share * config.generations * config.epochs) for share in config.milestones)
+    """In an epoch of the run: learning_rate * scale / decay^(milestones passed), Sec. 4.1."""
+    epochs = config.generations * config.epochs
+    passed = sum(epoch >= round(share * epochs) for share in config.milestones)
     return config.learning_rate * h["lr_scale"] / h["lr_decay"] ** passed

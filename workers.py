@@ -118,8 +118,8 @@ class Processes:
         if worker.process.exitcode == OUT_OF_MEMORY:
             slots -= 1
             if slots == 0 and not self.workers:
-                raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: use "
-                               "a smaller --batch-size or --model, or free the GPU")
+                raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: "
+                               "use a smaller --batch-size or --model, or free the GPU")
             print(f"out of memory on {worker.config.device}: going on with {slots or 'no'} of its "
                   "slots", file=sys.stderr)
             if slots == 0:
@@ -281,8 +281,8 @@ def exit_with_parent():
 
 
 def share(data):
-    """Move the data into memory that processes share. Raises RunError, as writing past that memory's
-    end would kill this process."""
+    """Move the data into memory that processes share. Raises RunError, as writing past the end of
+    that memory would kill this process."""
     parts = [t for s in (data.train, data.validation, data.test) for t in (s.images, s.labels)]
     try:
         need, free = sum(t.nbytes for t in parts), shutil.disk_usage("/dev/shm").free

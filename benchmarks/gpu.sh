@@ -52,11 +52,7 @@ part() {  # part NAME SECONDS COMMAND...: carried out within so many seconds; it
 }
 
 save() {  # results.tar.gz, without weights
-    local run
-    for run in "$work"/runs/*/; do
-        mkdir -p "$work/results/$(basename "$run")"
-        cp "$run"/*.json* "$work/results/$(basename "$run")" 2> "$work/copy.txt" || cat "$work/copy.txt"
-    done
+    (cd "$work/runs" && find . -maxdepth 2 -name '*.json*' -exec cp --parents -t "$work/results" {} +)
     cp "$out/summary.txt" "$work/results"
     (cd "$work" && find results -type f -size -2048k | tar -czf archive -T -)
     if [ "$(stat -c %s "$work/archive")" -lt $((16 << 20)) ]; then mv "$work/archive" "$out/results.tar.gz"
@@ -109,13 +105,15 @@ else
     tests="-m cuda tests/test_benchmarks.py" kernel="--quick --rows 128 --classes 10" rounds=1
 fi
 digits="--dataset digits" twice="--dataset digits --deterministic --population 6 --generations 4"
-fashion="--dataset fashion --model resnet20 --precision bfloat16 --limit 10000 --population 12 --generations 25 --epochs 4"
+fashion="--dataset fashion --model resnet20 --precision bfloat16 --limit 10000"
+fashion+=" --population 12 --generations 25 --epochs 4"
 if [ -n "$tiny" ]; then
     tests="-m cuda tests/test_benchmarks.py" kernel="--quick --rows 128 --classes 10" rounds=1
     small="--population 2 --generations 2 --epochs 1"
     digits+=" $small" twice+=" $small" fashion="--dataset fashion --limit 600 --validation 100 $small"
 fi
 if "$python" -c "import xdist" 2> /dev/null; then tests+=" -n $(($(nproc) < 10 ? $(nproc) : 10))"; fi
+throughput="$python -m benchmarks.throughput --device $device $tiny --rounds $rounds --out $work/results"
 
 # shellcheck disable=SC2086
 {
@@ -123,7 +121,7 @@ part requirements 20 "$python" -c "$requirements"
 part build 150 bash -c "time $python -c 'import taylorglo_ext; print(taylorglo_ext.load(\"fused\", \"$device\"))'"
 part tests 150 "$python" -m pytest -q $tests
 part startup 90 "$python" -m benchmarks.startup --device $device --runs 2 --out "$work/results"
-part throughput 150 "$python" -m benchmarks.throughput --device $device $tiny --rounds $rounds --out "$work/results"
+part throughput 150 $throughput
 part kernel 110 "$python" -m benchmarks.kernel --device $device $kernel --out "$work/results"
 part demo 60 $(epbt demo $digits)
 part deterministic 60 bash -c "$(epbt one $twice) && $(epbt other $twice) &&
@@ -132,9 +130,9 @@ if [ "$device" = cuda ]; then
     if command -v compute-sanitizer > /dev/null; then
         part memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -c "$losses"
     else say "memcheck: left out, as there is no compute-sanitizer"; fi
-    part exact 40 "$python" -m benchmarks.throughput --deterministic $tiny --rounds $rounds --out "$work/results"
+    part exact 40 $throughput --deterministic
     part fashion 80 $(epbt fashion $fashion)
-    part compile 120 "$python" -m benchmarks.throughput --compile $tiny --rounds $rounds --out "$work/results"
+    part compile 120 $throughput --compile
 else
     part fashion 80 $(epbt fashion $fashion)
 fi

@@ -16,7 +16,7 @@ from slots import Slot
 from training import Trainer
 
 ROOT = Path(__file__).parents[1]
-LATER = "torch._dynamo", "torchvision", "sklearn", "scipy", "matplotlib", "jinja2"
+LATER = "torch._dynamo sympy torchvision sklearn scipy matplotlib jinja2".split()
 START = f"""
 import sys, epbt
 from config import Config
