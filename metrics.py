@@ -1,6 +1,7 @@
 """What fitness is: a number from an individual's logits on the validation images, higher is better.
 
-"As a black-box method, EPBT requires no gradient information but only the fitness value" (Sec. 3.1).
+"As a black-box method, EPBT requires no gradient information but only the fitness value"
+(Sec. 3.1).
 """
 
 import math
@@ -12,7 +13,7 @@ from models import imported
 
 
 def accuracy(logits, labels):
-    """The share of the images that are classified correctly. logits (N, C), labels (N,), on the CPU."""
+    """The share of images classified correctly. logits (N, C), labels (N,), on the CPU."""
     return (logits.argmax(1) == labels).double().mean().item()
 
 
@@ -39,20 +40,22 @@ def find_metric(name):
         return METRICS[name]
     module, _, function = name.partition(":")
     if not module or not function:
-        raise ConfigError(f"--fitness: no metric is called {name!r}{nearest(name, METRICS)}; accepted are "
-                          f"{', '.join(METRICS)} and package.module:function")
+        raise ConfigError(f"--fitness: no metric is called {name!r}{nearest(name, METRICS)}; "
+                          f"accepted are {', '.join(METRICS)} and package.module:function")
     return imported("--fitness", module, function)
 
 
 def measured(name, logits, labels):
-    """The metric of logits and labels, tensors on the CPU. Raises RunError if it is no finite number."""
+    """The metric of logits and labels, tensors on the CPU. Raises RunError if it is not finite."""
     try:
         value = float(find_metric(name)(logits, labels))
     except Exception as error:  # whatever the user's function raises
-        raise RunError(f"--fitness {name}: called as function(logits {tuple(logits.shape)}, labels "
-                       f"{tuple(labels.shape)}), it raises {type(error).__name__}: {message(error)}") from error
+        shapes = f"logits {tuple(logits.shape)}, labels {tuple(labels.shape)}"
+        raise RunError(f"--fitness {name}: called as function({shapes}), it raises "
+                       f"{type(error).__name__}: {message(error)}") from error
     if not math.isfinite(value):
-        raise RunError(f"--fitness {name}: it must return a finite number, higher is better, not {value}")
+        raise RunError(f"--fitness {name}: it must return a finite number, higher is better, "
+                       f"not {value}")
     return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class Stopwatch:
-    """The seconds of each part, in the order of their first lap; str() is "5.1 s: import 1.8, data 0.4"."""
+    """The seconds of each part, by their first laps; str() is "5.1 s: import 1.8, data 0.4"."""
 
     def __init__(self, age=0.0):
         """age: for how many seconds the first part has been going on."""
@@ -25,5 +25,6 @@ class Stopwatch:
 
 def process_age():
     """The seconds since this process started, as Linux tells."""
-    fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    stat = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
+    fields = stat.rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

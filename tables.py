@@ -22,8 +22,8 @@ from records import RunError, fittest, read_config, read_log
 
 BASELINES = ("baseline", "pbt", "random")  # methods; Sec. 4.1
 # What the runs of a row may differ in: the seed, what follows from it, and the machine.
-FREE = set("seed data replay device threads loss_backend workers backend ray_address no_graphs out "
-           "data_root download resume overwrite tensorboard plan".split())
+FREE = set("seed data replay schedule device threads loss_backend workers backend ray_address "
+           "no_graphs out data_root download resume overwrite tensorboard plan".split())
 SETTINGS = "method dataset model seed generations epochs".split()
 RECORD = "id generation parent hyperparameters fitness test_accuracy diverged".split()
 FILES = ("config.json", "log.jsonl", "schedule.json", "summary.json", "timing.jsonl")
@@ -110,7 +110,9 @@ def group(runs):
     for run in sorted(runs, key=lambda run: run.noise):
         row = problems.setdefault(run.problem, {}).setdefault(run.noise, {}).setdefault(run.row, [])
         for other in row:
-            a, b = ({key: value for key, value in r.config.items() if value and key not in FREE}
+            # A replay has as many generations as its schedule has epochs.
+            free = FREE | ({"generations"} if run.config["method"] == "replay" else set())
+            a, b = ({key: value for key, value in r.config.items() if value and key not in free}
                     for r in (other, run))
             apart = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
             if apart or other.seed == run.seed:

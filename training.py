@@ -80,14 +80,14 @@ def plain_attributes(model):
 
 @torch.no_grad()
 def load_tensors(target, source):
-    """Copy the tensors of `source` into those of `target`, by name. Raises RunError where they do not
+    """Copy the tensors of `source` into those of `target`, by name. Raises RunError if they do not
     match."""
     for name in target | source:
         ours, theirs = ("none" if t is None else f"{t.dtype} {tuple(t.shape)}"
                         for t in (target.get(name), source.get(name)))
         if ours != theirs:
-            raise RunError(f"the weights in the run's folder are of another model, or it has been "
-                           f"changed: of the tensor {name} the model has {ours}, the folder {theirs}")
+            raise RunError("the weights in the run's folder are of another model, or of one that has "
+                           f"changed: of the tensor {name} it has {ours}, the folder {theirs}")
     torch._foreach_copy_(list(target.values()), [source[name] for name in target])
 
 
@@ -111,7 +111,7 @@ class Trainer:
         self.config, self.data, self.device = config, data, torch.device(config.device)
         n = len(data.train)
         self.batch = min(config.batch_size, n)
-        self.steps = n // self.batch  # paper: unspecified: what is left over waits for the next epoch
+        self.steps = n // self.batch  # paper: unspecified: what is left over waits
         # What steps read and write is filled, never replaced, as a CUDA graph needs it (slots.py).
         integers = dict(dtype=torch.int64, device=self.device)
         self.position = torch.zeros((), **integers)  # in the epoch's order, of the next batch
@@ -176,15 +176,16 @@ class Trainer:
             load_tensors(model_tensors(self.teacher.tensors()), model_tensors(state))
 
     def make_networks(self, seed):
-        """A new model for each role, so that what it keeps outside its tensors does not carry over."""
+        """A new model for each role, so that nothing that it keeps outside its tensors carries
+        over."""
         self.network, self.scored = self.new_network(seed), self.new_network(seed)
         self.network.model.train()
         self.scored.model.eval()
         self.teacher = self.new_network(seed) if self.distilled else None
         if self.teacher:
             self.teacher.model.eval()  # paper: unspecified: its mode
-        mean = part(self.network.tensors(), "model", "average") if self.config.average_weights else {}
-        self.average = {name: t.clone() for name, t in mean.items()}
+        tensors = self.network.tensors() if self.config.average_weights else {}
+        self.average = {n: t.clone() for n, t in part(tensors, "model", "average").items()}
 
     def new_network(self, seed):
         model = make_model(self.config.model, self.data.num_classes, self.data.channels, seed)
@@ -257,8 +258,8 @@ class Trainer:
         wanted = len(images), self.data.num_classes
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if found != wanted:
-            raise ValueError(f"for {wanted[0]} images of {wanted[1]} classes the model must return a "
-                             f"tensor {wanted}, not {found}")
+            raise ValueError(f"for {wanted[0]} images of {wanted[1]} classes the model must return "
+                             f"a tensor {wanted}, not {found}")
         return logits.float()
 
     def backward(self, logits, labels, teacher_logits):
@@ -294,7 +295,8 @@ class Trainer:
         """Move the running mean of the weights a fraction `weight` of the way to the weights."""
         new = part(self.network.tensors(), "model", "average")
         numbers = [name for name, mean in self.average.items() if mean.is_floating_point()]
-        torch._foreach_lerp_(*([of[name] for name in numbers] for of in (self.average, new)), weight)
+        mean, to = ([of[name] for name in numbers] for of in (self.average, new))
+        torch._foreach_lerp_(mean, to, weight)
         for name in self.average.keys() - numbers:
             self.average[name].copy_(new[name])
 
@@ -316,7 +318,7 @@ class Trainer:
         if self.config.fitness != "accuracy":
             individual.scores.update(validation_accuracy=float(individual.correct.mean()),
                                      test_fitness=self.test.measured(self.test.logits()))
-        if self.mislabelled is not None:  # the share of the wrong labels that it has learned by heart
+        if self.mislabelled is not None:  # the share of the wrong labels that it has learned
             individual.scores["memorised"] = self.mislabelled.accuracy()
 
 
@@ -382,7 +384,7 @@ def all_finite(state):
 
 
 def learning_rate(h, epoch, config):
-    """The rate in an epoch of the run: learning_rate * scale / decay^(milestones passed), Sec. 4.1."""
+    """In an epoch of the run: learning_rate * scale / decay^(milestones passed), Sec. 4.1."""
     epochs = config.generations * config.epochs
     passed = sum(epoch >= round(share * epochs) for share in config.milestones)
     return config.learning_rate * h["lr_scale"] / h["lr_decay"] ** passed

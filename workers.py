@@ -281,8 +281,8 @@ def exit_with_parent():
 
 
 def share(data):
-    """Move the data into memory that processes share. Raises RunError, as writing past that memory's
-    end would kill this process."""
+    """Move the data into memory that processes share. Raises RunError, as writing past the end of
+    that memory would kill this process."""
     parts = [t for s in (data.train, data.validation, data.test) for t in (s.images, s.labels)]
     try:
         need, free = sum(t.nbytes for t in parts), shutil.disk_usage("/dev/shm").free

@@ -8,11 +8,18 @@ from torch import Tensor, nn
 
 from .build import BackendError, load_library
 from .plain import distilled_cross_entropy, generalized_cross_entropy, label_smoothing
-from .reference import REDUCTIONS, THETA_DTYPES, accumulate_dtype, check_inputs, check_labels, reference_loss
+from .reference import (
+    REDUCTIONS,
+    THETA_DTYPES,
+    accumulate_dtype,
+    check_inputs,
+    check_labels,
+    reference_loss,
+)
 
 __all__ = [
-    "PLAIN_LOSSES", "BackendError", "TaylorGLOLoss", "distilled_cross_entropy", "generalized_cross_entropy",
-    "label_smoothing", "load", "loss_and_gradient", "losses", "taylorglo_loss",
+    "PLAIN_LOSSES", "BackendError", "TaylorGLOLoss", "distilled_cross_entropy",
+    "generalized_cross_entropy", "label_smoothing", "load", "loss_and_gradient", "losses", "taylorglo_loss",
 ]  # fmt: skip
 
 _in_use: dict[str, str] = {}  # device type -> the backend that load() chose for it

@@ -1,4 +1,4 @@
-"""Shared by the tests of the methods: real runs of a second, and runs that only pretend to train."""
+"""Shared by the tests: real runs of a second, and runs that only pretend to train."""
 
 import json
 import os
@@ -11,11 +11,10 @@ import torch
 from augmentation import Augmentation
 from epbt import METHODS, main
 
-TINY = ("--population 4 --generations 3 --epochs 1 --limit 300 --validation 60 --enlarge 1 --workers 1 --threads 1 "
-        "--loss-backend reference --device cpu")
+TINY = ("--population 4 --generations 3 --epochs 1 --limit 300 --validation 60 --enlarge 1 "
+        "--workers 1 --threads 1 --loss-backend reference --device cpu")
 
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before any test calls cuBLAS, which reads it once
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by the first call of cuBLAS
 
 
 def pytest_collection_modifyitems(items):
@@ -37,7 +36,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def run_epbt(tmp_path_factory):
-    """Carries out `python epbt.py` on the digits with the given options; returns the run's folder."""
+    """Carries out `python epbt.py` on the digits with options; returns the run's folder."""
     def run(*options):
         folder = tmp_path_factory.mktemp("run")
         main([*TINY.split(), "--out", str(folder), *options])

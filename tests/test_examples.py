@@ -12,6 +12,9 @@ import pytest
 import torch
 from torchvision.models import resnet18
 
+from config import Config
+from examples import noisy_labels
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,7 +31,7 @@ def accuracies(text):
 
 
 def read(path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_a_model_and_data_of_ones_own_and_a_loop_of_ones_own_under_the_schedule(tmp_path):
@@ -42,16 +45,35 @@ def test_a_model_and_data_of_ones_own_and_a_loop_of_ones_own_under_the_schedule(
     assert "weight_decay" in summary["best"]["hyperparameters"] and len(schedule["epochs"]) <= 8
 
 
-def test_the_script_of_the_readme_outside_the_repository_and_a_replay_of_it(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "mine.py").write_text(next(block for block in blocks if "evolve(" in block))
+MINE = """
+import torch
+from epbt import Config, evolve
+def make_model(num_classes, in_channels):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(in_channels * 64, num_classes))
+if __name__ == "__main__":
+    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8), torch.arange(60) % 4
+    evolve(Config(population=4, generations=2, epochs=1, workers=2, out="runs/mine"), make_model, images, images)
+"""
+
+
+def test_a_script_outside_the_repository_and_a_replay_of_its_schedule(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
     run(tmp_path, sys.executable, "mine.py")
     assert (tmp_path / "runs" / "mine" / "report.html").stat().st_size > 10_000
-    run(tmp_path, sys.executable, ROOT / "epbt.py", "--replay", "runs/mine", "--dataset", "digits", "--generations", "1",
-        "--limit", "200", "--validation", "50", "--out", "runs/replay")
+    run(tmp_path, sys.executable, ROOT / "epbt.py", *"--replay runs/mine --dataset digits --generations 1 --limit 200 "
+        "--validation 50 --out runs/replay".split())
     for name, method in (("mine", "epbt"), ("replay", "replay")):
         summary = read(tmp_path / "runs" / name / "summary.json")
         assert (summary["method"], summary["model"]) == (method, "mine:make_model")
+
+
+def test_wrong_labels_in_small(tmp_path, monkeypatch, capsys):
+    small = dict(generations=2, epochs=1, population=4, workers=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(noisy_labels, "Config", lambda **given: Config(**given | small))
+    noisy_labels.main()
+    summary = read(tmp_path / "runs" / "noisy-epbt" / "summary.json")
+    assert f"EPBT {summary['test_accuracy']:.1%}" in capsys.readouterr().out
 
 
 def test_a_folder_of_images_and_a_model_of_torchvision(tmp_path):

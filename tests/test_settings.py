@@ -19,7 +19,8 @@ from tests.soak import ROOT, can_mount
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = dict(dataset="digits", model="resnet8", population=2, generations=2, epochs=1, limit=200,
-              validation=50, enlarge=1, threads=1, workers=1, device="cpu", loss_backend="reference")
+              validation=50, enlarge=1, threads=1, workers=1, device="cpu",
+              loss_backend="reference")
 
 
 def log_of(folder, **given):
@@ -135,8 +136,8 @@ def test_a_long_tmpdir_is_named_where_workers_need_it_and_no_matter_elsewhere(ex
     long = tmp_path / ("x" * 100)
     long.mkdir()
     done = carried_out(command(tmp_path / "two", "--workers=2"), TMPDIR=str(long))
-    assert done.returncode == 2 and re.fullmatch(
-        rf"epbt.py: cannot start worker processes, .* TMPDIR, {long}: .*, or --workers 1\n", done.stderr)
+    said = rf"epbt.py: cannot start worker processes, .* TMPDIR, {long}: .*, or --workers 1\n"
+    assert done.returncode == 2 and re.fullmatch(said, done.stderr)
     done = carried_out(command(tmp_path / "one"), TMPDIR=str(long))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "one" / "log.jsonl").read_bytes() == expected

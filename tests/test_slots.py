@@ -11,17 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import (
-    EVOLVED,
-    TAYLORGLO,
-    Small,
-    Whimsical,
-    assert_close,
-    configured,
-    data,
-    state_of,
-    task,
-)
+from small import EVOLVED, TAYLORGLO, assert_close, configured, data, small, state_of, task
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -68,25 +58,14 @@ def capture(graph, pool, stream):
         yield
 
 
-class Generator:
-    """Of the device: it must be the slot's own during its turn."""
-
-    def __init__(self):
-        self.state = self.first = object()
-
-    def graphsafe_get_state(self):
-        return self.state
-
-    def graphsafe_set_state(self, state):
-        self.state = state
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda:0", marks=pytest.mark.cuda)])
 def device(request, monkeypatch):
     if request.param == "cpu":
         event = SimpleNamespace(query=iter([False, True] * 10_000).__next__)
         stream = SimpleNamespace(device_index=0, record_event=lambda: event)
-        generator = Generator()
+        states = [object()]  # of the device's generator, which in its turn must have the slot's
+        generator = SimpleNamespace(graphsafe_get_state=lambda: states[-1],
+                                    graphsafe_set_state=states.append)
         for name, stand_in in dict(
                 Stream=lambda device: stream, graph_pool_handle=lambda: None, CUDAGraph=Operations,
                 synchronize=lambda device: None, default_generators=[generator], graph=capture,
@@ -95,14 +74,15 @@ def device(request, monkeypatch):
             monkeypatch.setattr(torch.cuda, name, stand_in)
         # On a CPU these two look at the labels.
         monkeypatch.setattr(taylorglo_ext, "check_labels", lambda *ignored: None)
-        monkeypatch.setattr(F, "one_hot", lambda labels, n: (labels[:, None] == torch.arange(n)) * 1)
+        monkeypatch.setattr(F, "one_hot", lambda x, n: (x[:, None] == torch.arange(n)).long())
         yield request.param
-        assert generator.state is generator.first
+        assert states[-1] is states[0]
     else:
         yield request.param
 
 
 def slots_of(device, count, model, **given):
+    model = f"test_slots:{model}" if model[0].isupper() else model
     config = configured(model, device=device, deterministic=device != "cpu", **given)
     return [Slot(config, data().to(device)) for _ in range(count)]
 
@@ -128,9 +108,16 @@ def generations(folder):
     return [*parents, task(folder, 2)], children
 
 
+@small(steps=torch.zeros((), dtype=torch.int32))
+def Dropping(model, x):
+    if model.training:
+        model.steps += 1
+        return F.dropout(torch.ones(len(x), 128, device=x.device), 0.3) * (1 + model.steps)
+
+
 @pytest.mark.parametrize("given", [{}, dict(average_weights=0.5, add_cross_entropy=True),
                                    dict(no_graphs=True)], ids=str)
-@pytest.mark.parametrize("model", ["Whimsical", "resnet8"])
+@pytest.mark.parametrize("model", ["Dropping", "resnet8"])
 def test_slots_in_turn_train_as_one_alone_and_as_a_plain_trainer(model, given, device, tmp_path):
     some = slots_of(device, 3, model, **given)
     plain = Trainer(some[0].config, some[0].data)
@@ -148,18 +135,16 @@ def test_slots_in_turn_train_as_one_alone_and_as_a_plain_trainer(model, given, d
     assert all(bool(slot.graphs) != given.get("no_graphs", False) for slot in some)
 
 
-class Drawing(Whimsical):
+@small()
+def Drawing(model, x):
     """Draws from the generators of PyTorch, NumPy and Python in every step."""
-
-    def features(self, x):
-        if self.training:
-            x = x + 0.1 * (random.random() + np.random.rand() + torch.rand(1).item())
-        return super().features(x)
+    if model.training:
+        return random.random() + np.random.rand() + torch.rand(1).item()
 
 
 def test_each_slot_has_random_states_of_its_own(device, tmp_path):
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    slot, *others = slots_of(device, 3, "test_slots:Drawing", no_graphs=True)
+    slot, *others = slots_of(device, 3, "Drawing", no_graphs=True)
     tasks = [task(tmp_path, i) for i in range(4)]
     for state, expected in zip(in_turns(others, tasks), in_turns([slot], tasks), strict=True):
         assert_close(state, expected, rtol=0, atol=0)
@@ -170,77 +155,50 @@ def test_each_slot_has_random_states_of_its_own(device, tmp_path):
 # What a graph would freeze.
 
 
-class Scheduled(Small):
-    def features(self, x):
-        self.calls = getattr(self, "calls", 0) + 1
-        return super().features(x)
+def hide(model, x):
+    holder = vars(model).setdefault("holder", contextlib.ExitStack())  # its repr tells nothing
+    holder.calls = getattr(holder, "calls", 0) + 1
 
 
-class Hidden(Small):
-    def __init__(self, num_classes, in_channels):
-        super().__init__(num_classes, in_channels)
-        self.schedule = contextlib.ExitStack()  # any object whose repr does not say what it holds
-        self.schedule.calls = 0
-
-    def features(self, x):
-        self.schedule.calls += 1
-        return super().features(x)
+def begin(model, x):
+    """Initialise from the first images."""
+    if not hasattr(model, "begun"):
+        model.begun = True
+        model.fc.weight.data.mul_(x.mean())
 
 
-class FirstOnly(Small):
-    """Initialises itself from the first images that it sees."""
-
-    started = False
-
-    def features(self, x):
-        if not self.started:
-            self.started = True
-            self.fc.weight.data.mul_(x.mean())
-        return super().features(x)
+def thaw(model, x):
+    model.fc.requires_grad_(not model.fc.weight.requires_grad)
 
 
-class Remade(Small):
-    def features(self, x):
-        self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 1.0)
-        return super().features(x)
+ACTS = {  # what a model does in each step, and what its refusal says
+    "Counting": (lambda model, x: setattr(model, "calls", getattr(model, "calls", 0) + 1),
+                 "as it changes the attribute calls,"),
+    "Hiding": (hide, "as it changes the attribute holder,"),
+    "Beginning": (begin, "as it changes the attribute begun,"),
+    "Replacing": (lambda model, x: setattr(model.bn, "running_var", model.bn.running_var * 0.9),
+                  "as it changes the tensor bn.running_var,"),
+    "Thawing": (thaw, "as it changes the tensor fc.weight,"),
+    "Pythons": (lambda model, x: random.random(), "as it changes the state of Python's random"),
+    "NumPys": (lambda model, x: np.random.rand(), "as it changes the state of NumPy's random"),
+    "Peeking": (lambda model, x: 1 if x.sum().item() else 2,
+                "(operation not permitted when stream is capturing)"),
+}
+for name, (act, _) in ACTS.items():
+    act.__name__ = name
+    globals()[name] = small()(act)
 
 
-class Pythons(Small):
-    def features(self, x):
-        return super().features(x) * random.random()
-
-
-class NumPys(Small):
-    def features(self, x):
-        return super().features(x) * float(np.random.rand())
-
-
-class Peeking(Small):
-    """Looks at a number on the host."""
-
-    def features(self, x):
-        return super().features(x) * (1 if x.sum().item() else 2)
-
-
-@pytest.mark.parametrize("model, why", [
-    (Scheduled, "as it changes the attribute calls,"),
-    (Hidden, "as it changes the attribute schedule,"),
-    (FirstOnly, "as it changes the attribute started,"),
-    (Remade, "as it changes the tensor conv.weight,"),
-    (Pythons, "as it changes the state of Python's random generator,"),
-    (NumPys, "as it changes the state of NumPy's random generator,"),
-    (Peeking, "(operation not permitted when stream is capturing)"),
-])
-def test_what_a_graph_would_freeze_is_refused_in_one_line(model, why, device, tmp_path):
-    if device != "cpu" and model is Peeking:
+@pytest.mark.parametrize("model", ACTS)
+def test_what_a_graph_would_freeze_is_refused_in_one_line(model, device, tmp_path):
+    if device != "cpu" and model == "Peeking":
         pytest.skip("the process does not recover: test_workers.py")
-    name = f"test_slots:{model.__name__}"
-    (slot,) = slots_of(device, 1, name)
     with pytest.raises(RunError) as error:
-        in_turns([slot], [task(tmp_path)])
-    assert str(error.value).startswith(f"model {name}: its training step cannot be captured as a "
-                                       f"CUDA graph {why}") and "--no-graphs" in str(error.value)
-    in_turns(slots_of(device, 1, name, no_graphs=True), [task(tmp_path)])
+        in_turns(slots_of(device, 1, model), [task(tmp_path)])
+    said = (f"model test_slots:{model}: its training step cannot be captured as a CUDA graph "
+            f"{ACTS[model][1]}")
+    assert str(error.value).startswith(said) and str(error.value).endswith("use --no-graphs")
+    in_turns(slots_of(device, 1, model, no_graphs=True), [task(tmp_path)])
 
 
 # How many slots pay.
@@ -288,13 +246,6 @@ def test_slots_are_doubled_while_it_pays_and_fits_and_remembered(throughputs, co
 def test_an_error_that_fewer_slots_would_not_mend_is_raised(throughputs, measured):
     with pytest.raises((RuntimeError, ValueError)):
         measured(throughputs)
-
-
-def test_throughput_is_measured_without_a_trace(device, tmp_path):
-    some = slots_of(device, 2, "Whimsical")
-    expected = in_turns(some, [task(tmp_path)])
-    assert slots.throughput(some) > 0
-    assert_close(in_turns(some, [task(tmp_path)])[0], expected[0], rtol=0, atol=0)
 
 
 def test_a_cache_that_cannot_be_written_is_told_and_costs_nothing_else(measured, tmp_path, capsys):

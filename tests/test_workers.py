@@ -1,4 +1,4 @@
-"""Pools of workers, and what becomes of a run when one of them dies. The long form is tests/soak.py."""
+"""Pools of workers, and what becomes of a run when one dies. The long form is tests/soak.py."""
 
 import os
 import re
@@ -9,29 +9,20 @@ import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from test_slots import MEMORY
 
+import tests.soak as soak
 import workers
 from config import Config
 from data import make_data
 from errors import RunError
 from records import Individual, load_individual
-from tests.soak import (
-    ROOT,
-    TINY,
-    Run,
-    complete,
-    kill,
-    parents,
-    result,
-    undisturbed,
-    wait_for,
-    workers_of,
-)
+from tests.soak import ROOT, TINY, Run, complete, kill, parents, wait_for, workers_of
 from training import Task
 from workers import Processes, ThisProcess
 
@@ -71,13 +62,13 @@ def expected(data, tmp_path_factory):
 
 
 def files(folder):
-    """What is written whole: a worker that dies within a write leaves a name that begins with a dot."""
+    """What is written whole: a worker that dies within a write leaves a name with a dot first."""
     return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".")}
 
 
 class Trap:
-    """Stands in for an individual until a worker receives it: then it does something, once, or always
-    if no file remembers that it did."""
+    """Stands in for an individual until a worker receives it: then it does something, once, or
+    always if no file remembers that it did."""
 
     def __init__(self, individual, act, *arguments, memory=None):
         self.id, self.state = individual.id, (individual, act, arguments, memory)
@@ -174,7 +165,7 @@ def test_an_error_that_the_user_can_mend_is_told_as_it_is(pool, tmp_path):
 # A GPU whose memory is too small
 
 
-@pytest.mark.parametrize("error", [(error,) for error in MEMORY[:4]] + [(RuntimeError("x"), MEMORY[0])])
+@pytest.mark.parametrize("error", [*zip(MEMORY[:4]), (RuntimeError("x"), MEMORY[0])])
 def test_out_of_memory_lowers_the_number_of_workers(error, pool, expected, tmp_path, capfd):
     trapped = with_trap(tasks(tmp_path / "run"), 0, fail, *error, memory=tmp_path / "memory")
     list(pool.run(trapped))
@@ -188,9 +179,8 @@ def test_out_of_memory_with_the_last_worker_ends_in_one_error(pool, tmp_path):
     assert pool.workers == []
 
 
-def test_every_gpu_gets_its_share_of_the_slots():
-    assert workers.shares(5, 2) == [3, 2] and workers.shares(1, 2) == [1]
-    assert workers.shares(0, 2) == [0, 0]  # each finds its own number
+def test_every_gpu_gets_its_share_of_the_slots_or_finds_its_own_number():
+    assert [workers.shares(n, 2) for n in (5, 1, 0)] == [[3, 2], [1], [0, 0]]
 
 
 def test_the_images_lie_in_memory_that_the_workers_share_if_they_fit(data, pool, monkeypatch):
@@ -206,7 +196,7 @@ def test_the_images_lie_in_memory_that_the_workers_share_if_they_fit(data, pool,
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """What one undisturbed process makes of TINY."""
-    return undisturbed(TINY, tmp_path_factory.mktemp("alone") / "run")
+    return soak.undisturbed(TINY, tmp_path_factory.mktemp("alone") / "run")
 
 
 def trained(folder):
@@ -216,7 +206,7 @@ def trained(folder):
 def test_a_run_with_workers_is_the_run_without(alone, tmp_path):
     run = Run([*TINY, "--workers", "3"], tmp_path / "run")
     assert run.end() == 0, run.said()
-    assert result(tmp_path / "run") == alone
+    assert soak.result(tmp_path / "run") == alone
 
 
 def test_ctrl_c_ends_a_run_within_seconds_and_says_how_to_go_on(alone, tmp_path):
@@ -256,8 +246,9 @@ def test_memory_is_flat_over_200_generations_in_parent_and_workers(tmp_path):
     def memory_after(generations):
         """Bytes of private memory of the run and of each worker: what they share cannot leak."""
         wait_for(lambda: log.exists() and log.read_bytes().count(b"\n") >= generations, 240)
-        return [sum(int(line.split()[1]) for line in open(f"/proc/{pid}/smaps_rollup")
-                    if line.startswith("Private_")) << 10 for pid in (run.pid, *workers_of(run.pid))]
+        family = run.pid, *workers_of(run.pid)
+        maps = [Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8") for pid in family]
+        return [sum(map(int, re.findall(r"^Private_\w+: +(\d+) kB", m, re.M))) << 10 for m in maps]
 
     early, late = memory_after(40), memory_after(190)
     assert run.end() == 0, run.said()
@@ -269,8 +260,8 @@ def test_memory_is_flat_over_200_generations_in_parent_and_workers(tmp_path):
 def test_a_step_that_cannot_be_captured_is_told_in_one_line(tmp_path):
     """In a process of its own, since CUDA does not recover from it."""
     options = "--model test_slots:Peeking --dataset digits --limit 200 --validation 50 --epochs 1"
-    done = subprocess.run([sys.executable, "epbt.py", *options.split(), "--out", str(tmp_path / "run")],
-                          cwd=ROOT, capture_output=True, text=True,
+    command = [sys.executable, "epbt.py", *options.split(), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "Peeking: its training step cannot be captured" in said
