@@ -86,7 +86,7 @@ def load_tensors(target, source):
         ours, theirs = ("none" if t is None else f"{t.dtype} {tuple(t.shape)}"
                         for t in (target.get(name), source.get(name)))
         if ours != theirs:
-            raise RunError("the weights in the run's folder are of another model, or of one that has "
+            raise RunError("the weights in the run's folder are of another model, or it has "
                            f"changed: of the tensor {name} it has {ours}, the folder {theirs}")
     torch._foreach_copy_(list(target.values()), [source[name] for name in target])
 

@@ -166,4 +166,5 @@ def test_a_run_goes_on_where_it_cannot_say_all(name, after, environment, expecte
     done = carried_out(f"{command(tmp_path / name)} {after}", **environment)
     assert done.returncode == 0 and "evaluations" in done.stdout, done.stdout + done.stderr
     assert (tmp_path / name / "log.jsonl").read_bytes() == expected
-    assert "−" in (tmp_path / name / "report.html").read_text(encoding="utf-8")  # of an axis
+    page = (tmp_path / name / "report.html").read_text(encoding="utf-8")
+    assert f"<title>{name}, seed 0" in page and "<svg" in page
