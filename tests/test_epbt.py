@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -406,7 +407,9 @@ def test_a_run_that_is_stopped_twice_goes_on_to_the_same_bytes(run_epbt, tmp_pat
     start, go_on = [*TINY.split(), *options, "--out", out], ["--resume", "--out", out]
     for arguments, closed, how in ((start, 1, signal.SIGINT), (go_on, 3, signal.SIGKILL)):
         process = subprocess.Popen([sys.executable, ROOT / "epbt.py", *arguments], text=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+                                   # a shell's background jobs ignore Ctrl-C, and so would this one
+                                   preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
         while process.poll() is None and not (out.exists() and len(read_log(out)) >= closed):
             time.sleep(0.005)
         process.send_signal(how)
