@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
 
-from records import RunError
+from records import RunError, ancestry
 from tables import curve, final, group, load_run, noisy, printable, tables, write_logs
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
@@ -112,7 +112,7 @@ def figure_losses(runs, title):
     y = np.linspace(0.01, 1, 100)
     panels = [*axes.flat]
     for ax, run in zip(panels, runs, strict=False):
-        for ancestor in run.ancestry():
+        for ancestor in ancestry(run.log):
             loss = binary_loss(ancestor["applied"]["theta"], y)
             age = (ancestor["generation"] + 1) * run.config["epochs"]
             ax.plot(y, loss - loss[-1], marker="", color=colours(norm(age)))

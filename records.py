@@ -75,6 +75,15 @@ def fittest(population):
     return max(population, key=rank)
 
 
+def ancestry(log):
+    """Log records from the first ancestor to the fittest of the last generation (Sec. 5.3)."""
+    everyone = {member["id"]: member for line in log for member in line["population"]}
+    line = [fittest(log[-1]["population"])]
+    while line[-1]["parent"] is not None:
+        line.append(everyone[line[-1]["parent"]])
+    return line[::-1]
+
+
 def finite_or_none(x):
     return x if math.isfinite(x) else None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config import Config, check, flag
 from errors import ConfigError, RunError, message
-from records import Individual, fittest
+from records import Individual, ancestry
 
 SCHEDULE = "schedule.json"
 NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
@@ -20,15 +20,6 @@ NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch
 SHARED = ("dataset", "model", "batch_size", "add_cross_entropy", "image_size", "augmentation")
 # Fields whose place the schedule takes.
 DECIDED = "learning_rate", "lr_decay", "momentum", "weight_decay", "loss", "add_cross_entropy"
-
-
-def ancestry(log):
-    """Log records from the first ancestor to the fittest of the last generation (Sec. 5.3)."""
-    everyone = {member["id"]: member for line in log for member in line["population"]}
-    line = [fittest(log[-1]["population"])]
-    while line[-1]["parent"] is not None:
-        line.append(everyone[line[-1]["parent"]])
-    return line[::-1]
 
 
 def schedule(config, data, log):

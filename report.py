@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.colors import to_hex
 
 from figures import draw_run
-from records import RunError, rank
+from records import RunError, ancestry, rank
 from tables import load_run, printable
 
 
@@ -61,7 +61,7 @@ def outcome(run):
     return {
         "fitness": f"{best['fitness']:.2%}", "test accuracy": f"{best['test_accuracy']:.2%}",
         "individual": f"{best['id']} (generation {best['generation']})",
-        "ancestors": len(run.ancestry()) - 1,
+        "ancestors": len(ancestry(run.log)) - 1,
         **readable(best.get("scores", {}) | applied | best["hyperparameters"]),
         "losses or settings tried": f"{numbers['tried']:,}", "epochs trained": f"{trained:,}",
         "epochs to train one network in full under each": f"{full:,} ({full / trained:.1f} times)",
@@ -99,7 +99,7 @@ def lineage(run):
                          f"{m['fitness']:.2%}, test accuracy {m['test_accuracy']:.2%}"))
     # In each generation, the ancestor that was trained last. A run in which a whole generation
     # diverged has its first ancestor in a later one.
-    ancestors = run.ancestry()
+    ancestors = ancestry(run.log)
     alive = [[a["id"] for a in ancestors if a["generation"] <= g][-1:] for g in range(len(places))]
     return dict(links=links, dots=dots, radius=round(0.32 * dy, 1), width=24 + len(places) * dx,
                 height=30 + dy * max(map(len, places)),

@@ -52,14 +52,6 @@ class Run:
     def __str__(self):
         return f"{self.row}, seed {self.seed}: {self.problem}{noisy(self.noise)}"
 
-    def ancestry(self):
-        """The records from the first ancestor to the fittest of the last generation (Sec. 5.3)."""
-        everyone = {m["id"]: m for line in self.log for m in line["population"]}
-        line = [self.best[-1]]
-        while line[-1]["parent"] is not None:
-            line.append(everyone[line[-1]["parent"]])
-        return line[::-1]
-
     def numbers(self):
         """The run's line in runs.csv. Sec. 5.2: the losses or settings that it tried, the epochs
         that it trained, and those of one network's full training under each loss or setting."""

@@ -314,12 +314,14 @@ class Trainer:
         individual.diverged = not finite
         individual.correct = (logits.argmax(1) == self.validation.labels) & finite
         individual.fitness = self.validation.measured(logits) if finite else 0.0
-        individual.test_accuracy = self.test.accuracy()
+        test = self.test.logits()
+        individual.test_accuracy = self.test.accuracy(test)
         if self.config.fitness != "accuracy":
             individual.scores.update(validation_accuracy=float(individual.correct.mean()),
-                                     test_fitness=self.test.measured(self.test.logits()))
+                                     test_fitness=self.test.measured(test))
         if self.mislabelled is not None:  # the share of the wrong labels that it has learned
-            individual.scores["memorised"] = self.mislabelled.accuracy()
+            learned = self.mislabelled.logits()
+            individual.scores["memorised"] = self.mislabelled.accuracy(learned)
 
 
 class KnownGradient(torch.autograd.Function):
@@ -352,8 +354,8 @@ class Classifier:
         batch = trainer.laid_out(normalize(images[rows], trainer.data.mean, trainer.data.std))
         self.filled[rows] = trainer.logits(trainer.scored.model, batch)
 
-    def accuracy(self):
-        return float((self.logits().argmax(1) == self.labels).mean())
+    def accuracy(self, logits):
+        return float((logits.argmax(1) == self.labels).mean())
 
     def measured(self, logits):
         """The metric that is the fitness."""
@@ -372,7 +374,7 @@ def accuracy(config, data, model):
         trainer = Trainer(config, data.to(config.device))
         model.eval()
         trainer.scored = Network(model, trainer.device, config.layout)
-        right = trainer.test.accuracy()
+        right = trainer.test.accuracy(trainer.test.logits())
         model.cpu()
         return right
 

@@ -7,8 +7,8 @@ import pytest
 from config import Config
 from epbt import main
 from errors import ConfigError, RunError
-from records import read_log
-from replay import ancestry, checked_schedule, read_schedule, replay_config
+from records import ancestry, read_log
+from replay import checked_schedule, read_schedule, replay_config
 from taylorglo_ext import label_smoothing, losses
 
 ALONE = "--limit 200 --validation 40 --workers 1 --threads 1 --loss-backend reference --device cpu".split()
