@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 import taylorglo_ext
 from augmentation import Augmentation
-from baselines import independent, pbt
+from baselines import train_on
 from command_line import command_line, folder_name
 from config import Config, check
 from data import load_data, make_data
@@ -108,7 +108,7 @@ def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
     return N
 
 
-METHODS = dict(epbt=epbt, pbt=pbt, baseline=independent, random=independent, replay=replay)
+METHODS = dict(epbt=epbt, pbt=train_on, baseline=train_on, random=train_on, replay=replay)
 
 
 def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None,
