@@ -44,8 +44,9 @@ def load_library(device):
                 torch.ops.load_library(library)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             # The first line of a compiler's output that says what is wrong.
-            lines = [line.strip() for line in str(error).splitlines()]
+            lines = str(error).strip().splitlines() or [repr(error)]
             said = next((line for line in lines if re.search(r"\berror\b", line)), lines[0])
+            said = said.strip()
             raise BackendError(f"the fused {target} operator could not be built: {said}") from error
         _loaded.add(target)
 
