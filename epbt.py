@@ -131,7 +131,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     if fitness is not None:
         config = replace(config, fitness=import_name(fitness, "fitness(logits, labels)"))
     if train is not None:
-        augmentation = (augmentation or Augmentation()).spec()
+        augmentation = str(augmentation or Augmentation())
         config = replace(config, dataset="custom", augmentation=augmentation)
     elif augmentation is not None:
         raise ConfigError("augmentation is for data that are given; else it is in the config")
