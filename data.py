@@ -75,14 +75,15 @@ class Data:
         """What was read and what is done to it: lines for the start of a run."""
         sets = self.train, self.validation, self.test
         counts = [s.labels.bincount(minlength=self.num_classes).tolist() for s in sets]
-        classes, rest = list(zip(zip(*counts, strict=True), self.class_names, strict=True)), ""
+        classes, rest = list(zip(*counts, self.class_names, strict=True)), ""
         if len(classes) > 20:
             classes, rest = [min(classes), max(classes)], "; the others lie between"
-        classes = "; ".join(f"{name} {list(n)}" for n, name in classes)
-        return [f"data {plain(self.name)}: {self.num_classes} classes, {self.height}x{self.width} "
-                f"pixels, channels: {self.channels}",
-                f"training, validation and test images: {list(map(len, sets))}; {classes}{rest}",
-                f"at random to each training image: {self.augmentation}", *self.notes]
+        classes = "; ".join(f"{name} {n}" for *n, name in classes)
+        lines = [f"data {self.name}: {self.num_classes} classes, {self.height}x{self.width} "
+                 f"pixels, channels: {self.channels}",
+                 f"training, validation and test images: {list(map(len, sets))}; {classes}{rest}",
+                 f"at random to each training image: {self.augmentation}", *self.notes]
+        return list(map(plain, lines))
 
 
 DATASETS = {"digits": read_digits, "fashion": read_fashion, "cifar10": read_cifar10,

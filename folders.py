@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from errors import DataError, message, plain, told
+from errors import DataError, message, told
 
 ACCEPTED = ("accepted are FOLDER/<class>/<image>, or a FOLDER/train and a FOLDER/test of that kind "
             "and no other; validation images are taken from the training images")
@@ -30,11 +30,11 @@ def read_folder(folder, size):
     lines = [f"images are resized to {size}x{size} pixels in RGB"]
     *pair, names = read_image_folder(train, size, intake)
     if test:
-        lines.append(plain(f"{train} is trained on, {test} is the test"))
+        lines.append(f"{train} is trained on, {test} is the test")
         *tested, test_names = read_image_folder(test, size, intake)
         refuse_other_classes(names, test_names, f"{train} and {test} must have the same classes")
-    lines += [f"{len(paths)} {what}, first {plain(min(paths))}"
-              for what, paths in intake.notes.items()]
+    notes = intake.notes.items()
+    lines += [f"{len(paths)} {what}, first {min(paths)}" for what, paths in notes]
     return pair, tested, names, lines
 
 
@@ -59,11 +59,11 @@ def read_image_folder(folder, size, intake=None):
     if len(found) < 2:
         raise DataError(f"{folder} has {len(found)} classes, where two are the least; {ACCEPTED}")
     labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
-    return intake.decode(sum(found.values(), []), size), labels, tuple(map(plain, found))
+    return intake.decode(sum(found.values(), []), size), labels, tuple(found)
 
 
 def split_of(name):
-    """The key of SPLITS that a folder's name suggests, with any affixes and in any case, or None."""
+    """The key of SPLITS that a folder's name suggests, with any affixes, in any case; or None."""
     words = " ".join(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()))
     kinds = [kind for kind, pattern in SPLITS.items() if re.search(pattern, words)]
     return kinds[0] if len(kinds) == 1 else "other" if kinds else None
