@@ -38,11 +38,13 @@ def command_line(arguments, description):
 
 def parsed(start, arguments, description=None):
     """`start` with what a command line says. Raises ConfigError: tyro's words, in one line."""
-    box = io.StringIO()
+    box, helps = io.StringIO(), {"-h", "--help"} & set(arguments)
+    # A switch that is on already may be typed again; help has it once.
+    pairs = (tyro.conf.FlagCreatePairsOff,) if helps else ()
     try:
         with redirect_stderr(box):
             return tyro.cli(Config, prog="epbt.py", default=start, args=arguments,
-                            description=description)
+                            description=description, config=pairs)
     except SystemExit as end:
         if not end.code:  # after --help
             raise
