@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -46,15 +45,15 @@ def load_library(device):
             # The first line of a compiler's output that says what is wrong.
             lines = str(error).strip().splitlines() or [repr(error)]
             said = next((line for line in lines if re.search(r"\berror\b", line)), lines[0])
-            said = said.strip()
-            raise BackendError(f"the fused {target} operator could not be built: {said}") from error
+            raise BackendError(f"the fused {target} operator could not be built: {said.strip()}"
+                               ) from error
         _loaded.add(target)
 
 
 def cached_library(target):
     """Where the library for this machine is, or will be: its name says what it depends on."""
-    parts = [torch.__version__, str(torch.version.cuda), platform.machine()]
-    parts += [os.environ.get("CXX", ""), processor(), architectures() if target == "cuda" else ""]
+    parts = [torch.__version__, str(torch.version.cuda), os.environ.get("CXX", ""), processor(),
+             architectures() if target == "cuda" else ""]
     sources = (*HEADERS, *SOURCES[target], Path(__file__).name)
     parts += [(_folder / name).read_text(encoding="utf-8") for name in sources]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -65,10 +64,7 @@ def cached_library(target):
 
 def processor():
     """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     says = ("model name", "flags", "Features", "CPU part")
     return "\n".join(sorted({line for line in lines if line.startswith(says)}))
 
