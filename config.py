@@ -139,7 +139,7 @@ class Config:
                 raise ConfigError(f"Config has no field {name!r}{near}")
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
-    # Whether one network trains alone, and then on the validation images too: Sec. 4.1, Baseline 1.
+    # Sec. 4.1: Baseline 1 is one network, which trains on the validation images too.
     single = property(lambda self: self.method in ("baseline", "replay"))
     trains_on_all = property(lambda self: self.single and not self.early_stopping)
     evolves_theta = property(lambda self: self.method == "epbt" and self.loss == "taylorglo")

@@ -48,7 +48,7 @@ class Data:
     validation: ImageSet
     test: ImageSet
     mean: torch.Tensor  # (C,) float32, of the training images, in units of 0..255
-    std: torch.Tensor  # (C,) float32, likewise
+    std: torch.Tensor  # likewise
     augmentation: Augmentation
     train_clean: torch.Tensor | None = None  # (N,) int64: the labels before label noise
     notes: tuple = ()  # lines of `describe`: what else was done, and what was left out
@@ -59,7 +59,6 @@ class Data:
     width = property(lambda self: self.test.images.shape[3])
 
     def to(self, device):
-        """The same data with every tensor on `device`."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()
                                 if hasattr(value, "to")})
 
@@ -127,8 +126,8 @@ def hold_out(images, labels):
 
 
 def in_shares(labels, order, least):
-    """The indices `order` into labels, so arranged that the first n, for every n, have each class
-    in its share after `least` of each; and the last of each class are at the end."""
+    """The indices `order` into labels, rearranged: `least` of each class come first, then any
+    first n have each class in its share. The last of each class are at the end."""
     order = order[np.argsort(labels[order], kind="stable")]
     by_class = labels[order]
     rank = np.arange(len(order)) - np.searchsorted(by_class, by_class)  # within its class
@@ -155,9 +154,8 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
               if isinstance(getattr(source, "classes", None), list | tuple)]
     if listed:
         refuse_other_classes(listed[0], listed[-1], "train.classes and test.classes must agree")
-        class_names = class_names or listed[0]
     train, test = read_images(train, "training", notes), read_images(test, "test", notes)
-    class_names = check(train, test, class_names)
+    class_names = check(train, test, class_names or next(iter(listed), None))
     augmentation = parse_augmentation(augmentation, min(train.images.shape[2:]))
     # Random streams of the seed that nothing else draws from.
     rngs = [np.random.default_rng((seed, 0xDA7A, i)) for i in range(3)]
@@ -211,9 +209,8 @@ def shuffled(labels, limit, validation, rng):
         if not low <= value <= high:
             raise DataError(f"--{option} must be {low} to {high}, so that of {n} images each of "
                             f"{classes} classes has one in training and in validation, not {value}")
-    labels = labels.numpy()
-    order = in_shares(labels, rng.permutation(n), least=2)[:limit]
-    return torch.from_numpy(in_shares(labels, order, least=1)), validation
+    order = in_shares(labels.numpy(), rng.permutation(n), least=2)[:limit]
+    return torch.from_numpy(in_shares(labels.numpy(), order, least=1)), validation
 
 
 def wrong_labels(labels, used, share, kind, num_classes, rng):
@@ -239,8 +236,8 @@ def pixel_statistics(images, index):
 
 
 def enlarged(image_set, copies, augmentation, mean, std, rng):
-    """So many copies of every image, each augmented (Sec. 4.1)."""
-    # paper: unspecified (how: as in training, cutout included; the originals are not among them)
+    """Sec. 4.1: so many copies of every image, each augmented. paper: unspecified: how; as in
+    training, cutout included, and without the originals."""
     n, _, height, width = image_set.images.shape
     padded, index, images = image_set.part(shift=augmentation.shift).images, torch.arange(n), []
     for _ in range(copies):
