@@ -33,7 +33,7 @@ def read_folder(folder, size):
         lines.append(f"{train} is trained on, {test} is the test")
         *tested, test_names = read_image_folder(test, size, intake)
         refuse_other_classes(names, test_names, f"{train} and {test} must have the same classes")
-    notes = intake.notes.items()
+    notes = sorted(intake.notes.items())
     lines += [f"{len(paths)} {what}, first {min(paths)}" for what, paths in notes]
     return pair, tested, names, lines
 
@@ -127,22 +127,20 @@ class Intake:
 
     def decode(self, paths, size):
         """The images (N, 3, size, size) uint8 at the paths."""
-        def decode(path):
-            try:
-                with Image.open(path) as image:
-                    image, done = prepared(image)
-                return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), done
-            except Exception as error:  # Pillow's decoders raise errors of many kinds
-                refused.append(f"{path} ({message(error)})")
-                return 0, ()
-
         images, refused = np.empty((len(paths), size, size, 3), dtype=np.uint8), []
-        with ThreadPoolExecutor() as pool:
-            results = progress(pool.map(decode, paths), len(paths), "images")
-            for i, (image, done) in enumerate(results):
-                images[i] = image
+
+        def decode(i):
+            try:
+                with Image.open(paths[i]) as image:
+                    image, done = prepared(image)
+                images[i] = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
                 for what in done:
                     self.notes[what].add(paths[i])
+            except Exception as error:  # Pillow's decoders raise errors of many kinds
+                refused.append(f"{paths[i]} ({message(error)})")
+
+        with ThreadPoolExecutor() as pool:
+            list(progress(pool.map(decode, range(len(paths))), len(paths), "images"))
         if refused:
             raise DataError(f"cannot read {len(refused)} of {len(paths)} images, first "
                             f"{min(refused)}; accepted is what Pillow reads, of 8 bits a channel")
