@@ -36,11 +36,11 @@ def tried(config, data, say):
             raise
         except Exception as error:  # whatever the user's model raises
             errors.append(error)
-            continue
-        if errors:
-            say(f"{config.model} trains on contiguous images; channels last would be faster, but "
-                f"there it raises {type(errors[0]).__name__}: {message(errors[0])}")
-        return replace(config, layout=layout)
+        else:
+            if errors:
+                say(f"{config.model} trains on contiguous images; channels last would be faster, "
+                    f"but there it raises {type(errors[0]).__name__}: {message(errors[0])}")
+            return replace(config, layout=layout)
     raise refusal(config, f"it cannot be trained on batches of {config.batch_size} images of "
                   f"{data.channels} x {data.height} x {data.width} (channels, height, width): "
                   f"{type(errors[-1]).__name__}: {message(errors[-1])}") from errors[-1]
