@@ -7,6 +7,11 @@ A population of networks trains in parallel while evolution adapts each one's lo
 Algorithm 1: hold the paper beside it.
 """
 
+if __name__ == "__main__":  # first, as the workers' server and this process import PyTorch at once
+    from server import start_early
+
+    start_early()
+
 import gc
 import importlib.util
 import io
@@ -47,12 +52,13 @@ from models import find_factory, import_name
 from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest
 from replay import checked_schedule, replay
+from server import start_server
 from settings import settings
 from stopwatch import Stopwatch, process_age
 from training import HYPERPARAMETERS
 from trial import tried
 from watch import watched
-from workers import Processes, ThisProcess, Workers, start_server
+from workers import Processes, ThisProcess, Workers
 
 __all__ = ["Config", "evolve"]
 
