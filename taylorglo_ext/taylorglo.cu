@@ -402,7 +402,8 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& p
 __device__ unsigned counters[kCounters];
 
 // Adds up the threads' sums and writes the loss. The last block to arrive adds up the blocks, in
-// order. The count of blocks goes back to 0 with the last one, for the next launch. A function of its own, so that the rows have all registers.
+// order. The count of blocks goes back to 0 with the last one, for the next launch. A function of
+// its own, so that the rows have all registers.
 template <typename scalar_t>
 __device__ __noinline__ void finish(const Problem<scalar_t>& p, double sum) {
   __shared__ bool is_last;
