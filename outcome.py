@@ -11,7 +11,7 @@ from errors import message
 from models import make_model
 from records import fittest, load_individual, write_atomic
 from replay import SCHEDULE, schedule
-from training import Network, accuracy, load_tensors, model_tensors
+from training import Network, all_metrics, load_tensors, model_tensors
 
 
 @dataclass
@@ -39,13 +39,13 @@ def finish(config, folder, data, report):
     Outcome."""
     best = fittest(folder.population)
     model, plan = delivered(config, folder, data, best), schedule(config, data, folder.read_log())
-    n = folder.evaluated()
+    n, scores = folder.evaluated(), all_metrics(config, data, model)
     shared = {name: getattr(config, name) for name in ("method", "dataset", "model", "seed")}
     summary = shared | dict(
-        fitness=best.fitness, test_accuracy=best.test_accuracy, best=best.record(), evaluations=n,
-        epochs_trained=n * config.epochs, class_names=data.class_names,
-        pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
-    found = accuracy(config, data, model)
+        fitness=best.fitness, test_accuracy=best.test_accuracy, test_scores=scores,
+        best=best.record(), evaluations=n, epochs_trained=n * config.epochs,
+        class_names=data.class_names, pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
+    found = scores["accuracy"]
     if found != best.test_accuracy:
         report(f"WARNING: the delivered model classifies {found:.4f} of the test images correctly, "
                f"not the {best.test_accuracy:.4f} that were measured when it was trained")

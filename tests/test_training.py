@@ -31,7 +31,7 @@ from augmentation import Augmentation, normalize
 from config import Config
 from errors import RunError
 from settings import settings
-from training import Trainer, accuracy, learning_rate
+from training import Trainer, all_metrics, learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,7 +207,7 @@ def test_the_scores_equal_a_slow_recount_of_what_is_delivered(given, tmp_path, m
                  (d.train.images[wrong][:, :, 1:-1, 1:-1], d.train.labels[wrong]))]
     assert individual.correct.tolist() == right[0] and individual.correct.dtype == bool
     assert individual.fitness == sum(right[0]) / 24
-    assert individual.test_accuracy == sum(right[1]) / 30 == accuracy(trainer.config, d, model)
+    assert individual.test_accuracy == sum(right[1]) / 30 == all_metrics(trainer.config, d, model)["accuracy"]
     assert wrong.sum() == 36 and individual.scores == {"memorised": sum(right[2]) / 36}
 
 
