@@ -317,13 +317,13 @@ class Trainer:
         metric = self.config.fitness
         individual.fitness = self.validation.measured(logits, metric) if finite else 0.0
         test = self.test.logits()
-        individual.test_accuracy = self.test.accuracy(test)
+        individual.test_accuracy = self.test.measured(test, "accuracy")
         if metric != "accuracy":
             individual.scores.update(validation_accuracy=float(individual.correct.mean()),
                                      test_fitness=self.test.measured(test, metric))
         if self.mislabelled is not None:  # the share of the wrong labels that it has learned
-            learned = self.mislabelled.logits()
-            individual.scores["memorised"] = self.mislabelled.accuracy(learned)
+            learned = self.mislabelled.measured(self.mislabelled.logits(), "accuracy")
+            individual.scores["memorised"] = learned
 
 
 class KnownGradient(torch.autograd.Function):
@@ -355,9 +355,6 @@ class Classifier:
         rows = trainer.next_rows(self.batch).clamp(max=len(images) - 1)
         batch = trainer.laid_out(normalize(images[rows], trainer.data.mean, trainer.data.std))
         self.filled[rows] = trainer.logits(trainer.scored.model, batch)
-
-    def accuracy(self, logits):
-        return float((logits.argmax(1) == self.labels).mean())
 
     def measured(self, logits, name):
         """A metric; one of the user's own is 0 where a logit is not finite."""
