@@ -31,7 +31,7 @@ class Config:
     """paper: as published; known: two of the first individuals have a loss that is known to learn;
     best: what earned its place on clean Fashion-MNIST. PRESETS has what each changes"""
     dataset: str = "cifar10"
-    """digits, fashion, cifar10, svhn, or a folder with a subfolder of images a class"""
+    """digits, fashion, fashion-long-tail, cifar10, svhn, or a folder with a subfolder a class"""
     model: str = "resnet32"
     """resnet8/20/32/56, wrn-10-12/16-8/22-6/28-5, torchvision:NAME, package.module:factory"""
     seed: Annotated[int, 0, 2**32 - 1] = 0  # Everything random derives from it
@@ -190,6 +190,7 @@ DATA_SETS = {
     "digits": dict(preset="known", model="resnet8", validation=240, enlarge=1, epochs=4,
                    augmentation="none", batch_size=64, population=12, generations=15),
 }
+DATA_SETS["fashion-long-tail"] = DATA_SETS["fashion"] | dict(validation=0.2)
 PRESETS = {  # what each changes; docs/choices.md has the measurements
     "known": dict(known_losses=2),
     "best": dict(elites=0.25, distillation=0.0, theta_range=1.0, add_cross_entropy=True,

@@ -18,7 +18,7 @@ from augmentation import normalize as normalize  # for those who look for it her
 from errors import DataError, nearest, plain, told
 from folders import prepared, progress, read_folder, refuse_other_classes
 from folders import read_image_folder as read_image_folder
-from published import read_cifar10, read_digits, read_fashion, read_svhn
+from published import read_cifar10, read_digits, read_fashion, read_long_tail, read_svhn
 
 
 @dataclass
@@ -85,8 +85,8 @@ class Data:
         return list(map(plain, lines))
 
 
-DATASETS = {"digits": read_digits, "fashion": read_fashion, "cifar10": read_cifar10,
-            "svhn": read_svhn}
+DATASETS = {"digits": read_digits, "fashion": read_fashion,
+            "fashion-long-tail": read_long_tail, "cifar10": read_cifar10, "svhn": read_svhn}
 CAREFUL = ("flips can turn one class into another, and cutouts can hide what decides; where "
            'neither does: --augmentation "flip shift cutout"')
 

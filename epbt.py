@@ -114,6 +114,8 @@ def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
     return N
 
 
+NO_FILE = ("worker processes cannot find a function that is in no file, as in a notebook: put it "
+           "into one")
 METHODS = dict(epbt=epbt, pbt=train_on, baseline=train_on, random=train_on, replay=replay)
 
 
@@ -153,7 +155,8 @@ def run(config, train, test, space, report, clock):
     """Carry out a run whose config is settled."""
     clock.lap("loss")
     data = read_data(config, train, test)
-    for line in (cost(config), *data.describe()):
+    notes = [f"one worker: {NO_FILE} to have more"] if in_no_file(config) else []
+    for line in (cost(config), *data.describe(), *notes):
         report(line)
     tried_metric(config.fitness, data)
     space = config.search_space(data.augmentation.cutout) if space is None else space
@@ -207,12 +210,15 @@ def settled(config):
     if images.is_dir() and Path(out).resolve().is_relative_to(images.resolve()):
         raise ConfigError(f"--out {out} must not lie within --dataset {images}, where each folder "
                           "is a class")
-    if "__main__" in (config.model.split(":")[0], config.fitness.split(":")[0]):
+    if in_no_file(config):
         if config.workers > 1 or device != "cpu":
-            raise ConfigError("worker processes cannot find a function that is in no file, as in a "
-                              "notebook: put it into one, or use workers=1 on a CPU")
+            raise ConfigError(f"{NO_FILE}, or use workers=1 on a CPU")
         workers = 1
     return replace(config, device=device, threads=threads, workers=workers, out=out)
+
+
+def in_no_file(config):
+    return "__main__" in (config.model.split(":")[0], config.fitness.split(":")[0])
 
 
 def make_pool(config, data):

@@ -221,7 +221,8 @@ def save(figures, folder, svg=True):
 
 def draw_run(run):
     """Draw curves, and Figures 5 and 6, of a run into its folder. Returns their names."""
-    lines = {"best fitness": [best["fitness"] for best in run.best],
+    fitness = "best fitness" + f" ({run.metric})" * (run.metric != "accuracy")
+    lines = {fitness: [best["fitness"] for best in run.best],
              "test accuracy of the fittest": [best["test_accuracy"] for best in run.best],
              "wrong labels that it reproduces": [best.get("memorised") for best in run.best]}
     if len(run.log[0]["population"]) > 1:

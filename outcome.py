@@ -1,8 +1,11 @@
 """What a run leaves: its winner as a network and as a schedule, a summary and a report."""
 
+import html
 import io
 import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -11,7 +14,7 @@ from errors import message
 from models import make_model
 from records import fittest, load_individual, write_atomic
 from replay import SCHEDULE, schedule
-from training import Network, accuracy, load_tensors, model_tensors
+from training import Network, all_metrics, load_tensors, model_tensors
 
 
 @dataclass
@@ -22,6 +25,18 @@ class Outcome:
     data: Data  # as it was split and normalised
     schedule: dict  # the winner's losses, learning rates and momenta by epoch; see replay.py
     summary: dict  # as in summary.json
+    folder: Path  # of the run
+
+    def report(self):
+        """Show the run's page, report.html, in a notebook; elsewhere say where it is."""
+        path, ipython = self.folder / "report.html", sys.modules.get("IPython")
+        if not hasattr(ipython and ipython.get_ipython(), "kernel"):
+            return print(f"the run's page is {path}")
+        from IPython.display import HTML, display
+
+        page = html.escape(path.read_text(encoding="utf-8"))  # in a frame, with its own styles
+        display(HTML(f'<div><iframe srcdoc="{page}" style="width: 100%; height: 60rem; border: 0">'
+                     "</iframe></div>"))
 
 
 def delivered(config, folder, data, best):
@@ -39,19 +54,19 @@ def finish(config, folder, data, report):
     Outcome."""
     best = fittest(folder.population)
     model, plan = delivered(config, folder, data, best), schedule(config, data, folder.read_log())
-    n = folder.evaluated()
+    n, scores = folder.evaluated(), all_metrics(config, data, model)
     shared = {name: getattr(config, name) for name in ("method", "dataset", "model", "seed")}
     summary = shared | dict(
-        fitness=best.fitness, test_accuracy=best.test_accuracy, best=best.record(), evaluations=n,
-        epochs_trained=n * config.epochs, class_names=data.class_names,
-        pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
-    found = accuracy(config, data, model)
+        fitness=best.fitness, test_accuracy=best.test_accuracy, test_scores=scores,
+        best=best.record(), evaluations=n, epochs_trained=n * config.epochs,
+        class_names=data.class_names, pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
+    found = scores["accuracy"]
     if found != best.test_accuracy:
         report(f"WARNING: the delivered model classifies {found:.4f} of the test images correctly, "
                f"not the {best.test_accuracy:.4f} that were measured when it was trained")
         summary["delivered_test_accuracy"] = found
     if folder.finished:
-        return Outcome(model, data, plan, summary)
+        return Outcome(model, data, plan, summary, folder.path)
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     write_atomic(folder.path / "best.pt", buffer.getbuffer())
@@ -64,7 +79,7 @@ def finish(config, folder, data, report):
     except Exception as error:  # whatever a drawing library raises: the result is saved
         report(f"the figures and report.html could not be drawn: {type(error).__name__}: "
                f"{message(error)}")
-    return Outcome(model, data, plan, summary)
+    return Outcome(model, data, plan, summary, folder.path)
 
 
 def formula(t):

@@ -57,6 +57,15 @@ def read_fashion(root, download):
     return parts[:2], parts[2:], CLOTHES, []
 
 
+def read_long_tail(root, download):
+    """Fashion-MNIST with 6,000 training images of the first class, 4,112 of the second, and so on
+    in equal ratios, down to 200 of the last."""
+    (images, labels), *rest = read_fashion(root, download)
+    kept = np.concatenate([np.flatnonzero(labels == c)[: round(6000 * (1 / 30) ** (c / 9))]
+                           for c in range(len(CLOTHES))])
+    return (images[kept], labels[kept]), *rest
+
+
 def read_idx(path, md5):
     """Images (N, 1, 28, 28) or labels (N,) uint8 of one of Fashion-MNIST's files."""
     read = gzip.open if path.suffix == ".gz" else open

@@ -59,7 +59,7 @@ def outcome(run):
         applied["learning rate, in its last epoch"] = rates[-1]
     full, trained = numbers["full_training"], numbers["epochs_trained"]
     return {
-        "fitness": f"{best['fitness']:.2%}", "test accuracy": f"{best['test_accuracy']:.2%}",
+        f"fitness ({run.metric})": f"{best['fitness']:.2%}", "test accuracy": f"{best['test_accuracy']:.2%}",
         "individual": f"{best['id']} (generation {best['generation']})",
         "ancestors": len(ancestry(run.log)) - 1,
         **readable(best.get("scores", {}) | applied | best["hyperparameters"]),

@@ -37,6 +37,7 @@ class Run:
     config: dict
     log: list[dict]
     seconds: float  # of its generations; 0 where the folder has no times
+    scores: dict  # {metric: of the fittest on the test images}, where the run is finished
 
     def __post_init__(self):
         config, name = self.config, printable(Path(os.path.abspath(self.folder)).name)
@@ -48,6 +49,9 @@ class Run:
         self.epochs = [(line["generation"] + 1) * config["epochs"] for line in self.log]
         self.total_epochs = config["generations"] * config["epochs"]
         self.finished = len(self.log) >= config["generations"]
+        self.metric = config.get("fitness", "accuracy")
+        if self.best:
+            self.scores["accuracy"] = self.best[-1]["test_accuracy"]
 
     def __str__(self):
         return f"{self.row}, seed {self.seed}: {self.problem}{noisy(self.noise)}"
@@ -58,7 +62,9 @@ class Run:
         everyone = {m["id"]: m for line in self.log for m in line["population"]}
         tried = len({tuple(m["hyperparameters"].values()) for m in everyone.values()})
         tried = 1 if self.config["method"] == "replay" else tried
-        best = {key: self.best[-1].get(key) for key in ("test_accuracy", "fitness", "memorised")}
+        metrics = ("accuracy", "balanced-accuracy", "f1-macro")
+        best = {f"test_{name}".replace("-", "_"): self.scores.get(name) for name in metrics}
+        best |= {key: self.best[-1].get(key) for key in ("fitness", "memorised")}
         return dict(problem=self.problem, label_noise=self.noise, method=self.row, seed=self.seed,
                     **best, epochs=self.epochs[-1], finished=self.finished, tried=tried,
                     epochs_trained=len(everyone) * self.config["epochs"],
@@ -83,7 +89,10 @@ def load_run(folder):
         _ = [config[name] for name in SETTINGS]
         _ = [m[name] for line in log for m in line["population"] for name in RECORD]
         lines = times.read_text(encoding="utf-8").splitlines() if times.exists() else []
-        run = Run(folder, config, log, sum(json.loads(line)["seconds"] for line in lines))
+        seconds, summary = sum(json.loads(line)["seconds"] for line in lines), {}
+        if (folder / "summary.json").exists():
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        run = Run(folder, config, log, seconds, summary.get("test_scores", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
     if not log:
@@ -120,9 +129,11 @@ def shown(runs):
     return [run for run in runs if run.finished] or runs
 
 
-def final(runs):
-    """{seed: test accuracy of the fittest individual in percent} of the finished runs."""
-    return {run.seed: 100 * run.best[-1]["test_accuracy"] for run in runs if run.finished}
+def final(runs, metric="accuracy"):
+    """{seed: metric of the fittest individual on the test images in percent} of the finished runs
+    that have it."""
+    return {run.seed: 100 * run.scores[metric] for run in runs
+            if run.finished and metric in run.scores}
 
 
 def curve(runs, key="test_accuracy"):
@@ -154,12 +165,12 @@ def mean_sd(values):
     return f"{fmean(values):.2f} ({sd}; {len(values)})"
 
 
-def paired(runs, others):
+def paired(runs, others, metric="accuracy"):
     """The mean difference over the common seeds in percentage points, and p of the two-sided paired
     t-test where there are two or more."""
     from scipy.stats import ttest_rel  # here: it takes a second, which a single run can do without
 
-    ours, theirs = final(runs), final(others)
+    ours, theirs = final(runs, metric), final(others, metric)
     seeds = sorted(ours.keys() & theirs.keys())
     if not seeds or runs is others:
         return "-"
@@ -172,16 +183,16 @@ def paired(runs, others):
     return f"{text}, p " + (f"= {p:.3f}" if p >= 0.001 else "< 0.001")
 
 
-def table1(levels, references):
-    """Rows are methods; for each share of wrong labels the accuracy, and the difference from each
+def table1(levels, references, metric):
+    """Rows are methods; for each share of wrong labels the metric, and the difference from each
     row that `references` names."""
     header, lines = ["method"], {name: [name] for rows in levels.values() for name in rows}
     for noise, rows in levels.items():
-        header += [f"accuracy{noisy(noise)}", *(f"against {name}" for name in references)]
+        header += [f"{metric}{noisy(noise)}", *(f"against {name}" for name in references)]
         for name, line in lines.items():
             runs = rows.get(name, [])
-            line += [mean_sd([*final(runs).values()]),
-                     *(paired(runs, rows.get(other, [])) for other in references)]
+            line += [mean_sd([*final(runs, metric).values()]),
+                     *(paired(runs, rows.get(other, []), metric) for other in references)]
     for name, line in lines.items():
         runs = [run for rows in levels.values() for run in shown(rows.get(name, []))]
         line.append(f"{fmean(run.numbers()['epochs_trained'] for run in runs):,.0f}")
@@ -203,6 +214,14 @@ def table2(rows):
     return table(header, lines) if ours and lines else ""
 
 
+def compared(runs):
+    """What Table 1 compares: the accuracy and, where a run evolved for another metric, all that
+    differ from the accuracy."""
+    found = dict.fromkeys(name for run in runs for name in run.scores)
+    return ["accuracy", *(name for name in found if any(run.metric != "accuracy" for run in runs)
+            and any(abs(run.scores.get(name, 0) - run.scores["accuracy"]) > 1e-9 for run in runs))]
+
+
 def tables(problems, references=()):
     """All tables as Markdown. The reference is the first row where none is named."""
     parts = []
@@ -215,7 +234,8 @@ def tables(problems, references=()):
                   "chosen by its fitness: mean (sample standard deviation; number of seeds). "
                   "Differences are over the common seeds, with a two-sided paired t-test. The "
                   "epochs are those that all networks of a run trained.",
-                  table1(levels, references or list(rows)[: len(rows) > 1])]
+                  *(table1(levels, references or list(rows)[: len(rows) > 1], metric)
+                    for metric in compared([*chain(*rows.values())]))]
         for noise, level in levels.items():
             if text := table2(level):
                 parts += [f"Table 2{noisy(noise)}. Epochs of training after which EPBT's mean "

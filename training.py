@@ -14,7 +14,7 @@ from augmentation import draw_augmentation, make_batch, normalize
 from data import ImageSet
 from errors import RunError
 from evolution import random_stream
-from metrics import measured
+from metrics import METRICS, measured
 from models import make_model, random_states_kept, seed_numpy_and_python
 from records import Individual, finite_or_none, load_individual, save_individual
 from settings import settings
@@ -253,7 +253,8 @@ class Trainer:
 
     def logits(self, model, images):
         bfloat16 = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
+        # PyTorch empties the cache when the outermost autocast ends, and that is in settings.py.
+        with torch.autocast(self.device.type, torch.bfloat16, bfloat16, cache_enabled=False):
             logits = model(images)
         wanted = len(images), self.data.num_classes
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -313,15 +314,16 @@ class Trainer:
         finite = individual.loss is not None and np.isfinite(logits).all() and all_finite(state)
         individual.diverged = not finite
         individual.correct = (logits.argmax(1) == self.validation.labels) & finite
-        individual.fitness = self.validation.measured(logits) if finite else 0.0
+        metric = self.config.fitness
+        individual.fitness = self.validation.measured(logits, metric) if finite else 0.0
         test = self.test.logits()
-        individual.test_accuracy = self.test.accuracy(test)
-        if self.config.fitness != "accuracy":
+        individual.test_accuracy = self.test.measured(test, "accuracy")
+        if metric != "accuracy":
             individual.scores.update(validation_accuracy=float(individual.correct.mean()),
-                                     test_fitness=self.test.measured(test))
+                                     test_fitness=self.test.measured(test, metric))
         if self.mislabelled is not None:  # the share of the wrong labels that it has learned
-            learned = self.mislabelled.logits()
-            individual.scores["memorised"] = self.mislabelled.accuracy(learned)
+            learned = self.mislabelled.measured(self.mislabelled.logits(), "accuracy")
+            individual.scores["memorised"] = learned
 
 
 class KnownGradient(torch.autograd.Function):
@@ -354,13 +356,11 @@ class Classifier:
         batch = trainer.laid_out(normalize(images[rows], trainer.data.mean, trainer.data.std))
         self.filled[rows] = trainer.logits(trainer.scored.model, batch)
 
-    def accuracy(self, logits):
-        return float((logits.argmax(1) == self.labels).mean())
-
-    def measured(self, logits):
-        """The metric that is the fitness."""
-        labels = torch.from_numpy(self.labels)
-        return measured(self.trainer.config.fitness, torch.from_numpy(logits), labels)
+    def measured(self, logits, name):
+        """A metric; one of the user's own is 0 where a logit is not finite."""
+        if name not in METRICS and not np.isfinite(logits).all():
+            return 0.0
+        return measured(name, *map(torch.from_numpy, (logits, self.labels)))
 
     def logits(self):
         """Of all images, a NumPy array (N, classes) float32."""
@@ -368,15 +368,16 @@ class Classifier:
         return self.filled.numpy(force=True)
 
 
-def accuracy(config, data, model):
-    """The share of the test images that a model classifies correctly."""
+def all_metrics(config, data, model):
+    """Every metric, and the config's, of a model on the test images."""
     with settings(config):
         trainer = Trainer(config, data.to(config.device))
         model.eval()
         trainer.scored = Network(model, trainer.device, config.layout)
-        right = trainer.test.accuracy(trainer.test.logits())
+        logits = trainer.test.logits()
         model.cpu()
-        return right
+        return {name: trainer.test.measured(logits, name)
+                for name in dict.fromkeys([*METRICS, config.fitness])}
 
 
 def all_finite(state):

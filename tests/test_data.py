@@ -277,6 +277,6 @@ def test_digits():
 def test_unknown_name(name, nearest):
     line = error_line(load_data, name)
     assert line.startswith(f"no data set or folder is called '{name}'")
-    assert "digits, fashion, cifar10, svhn" in line
+    assert "digits, fashion, fashion-long-tail, cifar10, svhn" in line
     assert (f"did you mean '{nearest}'?" in line) == bool(nearest)
     assert "--data-root ~nobodyelse/x: " in error_line(load_data, "digits", "~nobodyelse/x")

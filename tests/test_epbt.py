@@ -269,7 +269,7 @@ def refused(capsys, arguments, lines=1):
     pytest.param("--device cuda", "--device cuda GPU cpu", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
     # Data and folders
-    ("--dataset cifar100", "'cifar100' 'cifar10' digits fashion svhn folder"),
+    ("--dataset cifar100", "'cifar100' 'cifar10' digits fashion fashion-long-tail svhn folder"),
     ("--dataset svhn --data-root nowhere", "SVHN --download nowhere --data-root"),
     ("--dataset empty", "empty"), ("--dataset damaged", "damaged a.png"),
     ("--limit 300 --validation 300", "--validation 290"), ("--augmentation flop", "--augmentation flop flip"),

@@ -1,5 +1,6 @@
 """The examples, run as a reader runs them, in an empty folder."""
 
+import html
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 import torch
 from torchvision.models import resnet18
@@ -87,3 +90,24 @@ def test_a_folder_of_images_and_a_model_of_torchvision(tmp_path):
     tables = (tmp_path / "runs" / "pictures" / "compared" / "README.md").read_text(encoding="utf-8")
     assert "| pictures " in tables and "| pictures-replay " in tables
     shutil.rmtree(tmp_path / "runs")  # 700 MB: pytest keeps its folders
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """As a new user runs it, from the folder examples, in small."""
+    (tmp_path / "examples").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    (size,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    size.source = "size = dict(population=4, generations=2, epochs=1, limit=400)"
+    nbclient.NotebookClient(notebook, resources={"metadata": {"path": tmp_path / "examples"}}).execute()
+    shown = {cell.id: cell.outputs for cell in notebook.cells if cell.get("outputs")}
+    text = nbformat.writes(notebook)
+    summary = read(tmp_path / "runs" / "quickstart" / "summary.json")
+    once, twice = re.findall(r"(\d+\.\d+)%", re.search("test accuracy .*?by hand: .*?%", text)[0])
+    assert once == twice == f"{summary['test_accuracy']:.2%}"[:-1]
+    (page,) = [o.data["text/html"] for outputs in shown.values() for o in outputs if "<iframe" in str(o)]
+    assert html.unescape(re.search('srcdoc="(.*?)" style', page, re.S)[1]) == (
+        tmp_path / "runs" / "quickstart" / "report.html").read_text(encoding="utf-8")
+    assert "'__main__:kappa': " in text and "one worker: " in text and "put it into one to have more" in text
+    assert not [o for outputs in shown.values() for o in outputs if o.output_type == "error"]

@@ -1,6 +1,7 @@
 """Tables and drawings of small logs that are written by hand."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -104,6 +105,27 @@ def test_tests_are_over_common_seeds_and_only_where_differences_differ(three_see
     assert epochs_to_pass(rows["plain"], rows["other"]) == 6
     with pytest.raises(RunError, match="no row is called bset, only plain, best-decay, other"):
         printed(three_seeds + other, "bset")
+
+
+@pytest.mark.parametrize("metric, header, line", [
+    ("accuracy", None, None),
+    ("f1-macro", ["method", "f1-macro", "against baseline", "epochs trained"],
+     ["epbt", "72.50 (0.71; 2)", "+2.00", "12"])])
+def test_other_metrics_have_tables_where_a_run_evolved_for_one(metric, header, line, tmp_path):
+    """The balanced accuracy is the accuracy here, and is not repeated."""
+    for seed in range(2):
+        for row, log, f1, more in (("baseline", alone(0.5, 0.8), 0.70, {"method": "baseline"}),
+                                   ("epbt", evolved(0.5, 0.75), 0.72, {"fitness": metric})):
+            right = log[-1][0]["test_accuracy"] if row == "baseline" else 0.75
+            scores = {"accuracy": right, "balanced-accuracy": right, "f1-macro": f1 + seed / 100}
+            folder = write(tmp_path / "runs" / f"{row}-{seed}", log, **more)
+            (folder / "summary.json").write_text(json.dumps({"test_scores": scores}))
+    folders = sorted((tmp_path / "runs").iterdir())
+    lines = cells(compare(folders, tmp_path / "out"))
+    assert (header in lines, line in lines) == (metric != "accuracy",) * 2
+    assert not [line for line in lines if "balanced-accuracy" in line]
+    with open(tmp_path / "out" / "runs.csv") as file:
+        assert [row["test_f1_macro"] for row in csv.DictReader(file)] == ["0.7", "0.71", "0.72", "0.73"]
 
 
 def test_wrong_labels_are_columns_of_one_table_and_lines_of_two_pictures(noise, tmp_path):

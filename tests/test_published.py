@@ -123,6 +123,20 @@ def test_fashion(tmp_path, write_fashion, place, compress):
     assert found.class_names[9] == "Ankle boot"
 
 
+@pytest.mark.skipif(not published.DEBIAN_FASHION.is_dir(), reason="needs dataset-fashion-mnist")
+def test_the_long_tail_of_fashion(tmp_path):
+    ratio = 30 ** (-1 / 9)
+    whole = load_data("fashion-long-tail", tmp_path, validation=10, train_on_all=True)
+    assert whole.train.labels.bincount().tolist() == [round(6000 * ratio**c) for c in range(10)]
+    assert whole.test.labels.bincount().tolist() == 10 * [1000]
+    first, second = (load_data("fashion-long-tail", tmp_path, validation=0.2, limit=1862, seed=seed)
+                     for seed in (1, 2))
+    for c, (n, held_out) in enumerate(zip(*(part.labels.bincount().tolist() for part in (
+            first.train, first.validation)), strict=True)):
+        assert n + held_out == pytest.approx(600 * ratio**c, abs=1) and held_out == pytest.approx(n / 4, abs=1)
+    assert first.digest() != second.digest()
+
+
 @pytest.mark.parametrize("compress", [True, False])
 @pytest.mark.parametrize("damage", [lambda c: c[:-5], lambda c: b"", lambda c: b"<html>" * 9, None])
 def test_fashion_damaged_or_of_another_data_set(tmp_path, write_fashion, compress, damage):

@@ -30,8 +30,9 @@ import training
 from augmentation import Augmentation, normalize
 from config import Config
 from errors import RunError
+from metrics import METRICS
 from settings import settings
-from training import Trainer, accuracy, learning_rate
+from training import Trainer, all_metrics, learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,7 +156,8 @@ def test_an_epoch_sees_every_image_once_in_an_order_of_its_own(tmp_path):
 def test_training_learns(h, precision, tmp_path):
     Small.seen.clear()
     trainer = trainer_of(epochs=15, learning_rate=0.3, precision=precision)
-    individual = trainer.evaluate(task(tmp_path, h=h))
+    with settings(trainer.config):  # as in a run: an autocast around it all
+        individual = trainer.evaluate(task(tmp_path, h=h))
     assert individual.fitness > 0.9 and individual.test_accuracy > 0.9
     assert {dtype for *_, dtype in Small.seen} == {getattr(torch, precision)}
     assert {t.dtype for n, t in state_of(task(tmp_path)).items() if "fc" in n} == {torch.float32}
@@ -207,7 +209,9 @@ def test_the_scores_equal_a_slow_recount_of_what_is_delivered(given, tmp_path, m
                  (d.train.images[wrong][:, :, 1:-1, 1:-1], d.train.labels[wrong]))]
     assert individual.correct.tolist() == right[0] and individual.correct.dtype == bool
     assert individual.fitness == sum(right[0]) / 24
-    assert individual.test_accuracy == sum(right[1]) / 30 == accuracy(trainer.config, d, model)
+    assert individual.test_accuracy == sum(right[1]) / 30
+    scores = all_metrics(trainer.config, d, model)
+    assert scores.keys() == METRICS.keys() and scores["accuracy"] == individual.test_accuracy
     assert wrong.sum() == 36 and individual.scores == {"memorised": sum(right[2]) / 36}
 
 
