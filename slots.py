@@ -22,8 +22,9 @@ from torch.func import functional_call
 
 from errors import RunError, message
 from models import FoldedResNet, ResNet, random_states, random_states_kept, set_random_states
+from network import load_tensors, named_tensors, plain_attributes
 from records import Individual, write_atomic
-from training import Task, Trainer, load_tensors, named_tensors, plain_attributes
+from training import Task, Trainer
 
 STEPS_A_TURN = 8  # steps that a slot queues before the next slot has its turn
 WARM_UP = 3  # steps before a capture, as PyTorch asks: libraries allocate and choose in the first

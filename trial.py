@@ -15,9 +15,10 @@ from torch import nn
 from data import ImageSet
 from errors import ConfigError, message
 from models import random_states_kept
+from network import named_tensors, plain_attributes
 from records import Individual
 from settings import settings
-from training import Classifier, Task, Trainer, named_tensors, plain_attributes
+from training import Classifier, Task, Trainer
 
 STEPS = 4  # so that what a model changes in its third step is seen
 
