@@ -1,15 +1,12 @@
-"""Tables 1 and 2 and Figures 2 to 6 of the paper, from run folders alone, at any time during a run.
+"""Tables 1 and 2 and Figures 2 to 6 of the paper, from run folders alone.
 
-    python figures.py RUN ...                       each run's own figures, into its folder
-    python figures.py --out results/NAME RUN ...    the runs compared: README.md with the tables,
-                                                    runs.csv, the pictures, logs.tar.gz
+    python figures.py RUN ...                       each run's own figures, at any time during it
+    python figures.py --out results/NAME RUN ...    the finished runs compared: README.md with the
+                                                    tables, runs.csv, the pictures, logs.tar.gz
 """
 
 import argparse
 import csv
-import io
-import os
-import re
 import subprocess
 import sys
 import textwrap
@@ -25,11 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
 
-from records import RunError, ancestry
-from tables import curve, final, group, load_run, noisy, printable, tables, write_logs
+from errors import RunError, plain
+from tables import Run, curve, final, group, noisy, tables, write_logs
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
 TABLES = "<!-- figures.py writes what follows and leaves what is above -->"
+MACHINE = """echo "Commit: $(git describe --always --dirty). Machine: $(nproc --all) cores, \
+$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)." """
 
 
 def grid(rows, columns, size, title="", **options):
@@ -82,9 +81,9 @@ def zoom(lines):
 
 def over_noise(levels, name):
     """A row's shares of wrong labels, and the mean and standard deviation of its accuracy there."""
-    ends = {noise: final(rows.get(name, [])).values() for noise, rows in levels.items()}
-    points = [(100 * noise, np.mean([*x]), np.std([*x], ddof=min(1, len(x) - 1)))
-              for noise, x in ends.items() if x]
+    ends = {noise: [*final(rows[name]).values()] for noise, rows in levels.items() if name in rows}
+    points = [(100 * noise, np.mean(x), np.std(x, ddof=min(1, len(x) - 1)))
+              for noise, x in ends.items()]
     return list(zip(*points, strict=True))
 
 
@@ -112,7 +111,7 @@ def figure_losses(runs, title):
     y = np.linspace(0.01, 1, 100)
     panels = [*axes.flat]
     for ax, run in zip(panels, runs, strict=False):
-        for ancestor in ancestry(run.log):
+        for ancestor in run.ancestry:
             loss = binary_loss(ancestor["applied"]["theta"], y)
             age = (ancestor["generation"] + 1) * run.config["epochs"]
             ax.plot(y, loss - loss[-1], marker="", color=colours(norm(age)))
@@ -199,11 +198,10 @@ def row_figures(problems):
     for problem, levels in problems.items():
         noise, rows = list(levels.items())[-1]
         for row, runs in rows.items():
-            found = evolved_figures(runs, f"{row}: {problem}{noisy(noise)}")
-            for kind, figure in found.items() if runs[0].config["method"] != "replay" else ():
-                name = f"{kind} {row}" + f" {problem}" * (len(problems) > 1)
-                name = re.sub(r"[^\w.]+", "-", name.lower()).encode()[:200].decode(errors="ignore")
-                figures[name if name not in figures else f"{name}-{len(figures)}"] = figure
+            if runs[0].config["method"] != "replay":
+                found = evolved_figures(runs, f"{row}: {problem}{noisy(noise)}")
+                more = f"-{problem.replace('/', '-')}" * (len(problems) > 1)
+                figures |= {f"{kind}-{row}{more}": figure for kind, figure in found.items()}
     return figures
 
 
@@ -213,12 +211,12 @@ def save(figures, folder, svg=True):
     for name, figure in figures.items():
         if svg:
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        image = io.BytesIO()
-        figure.savefig(image, format="png")
+        figure.savefig(path := folder / f"{name}.png")
         # 256 colours: a third of the bytes, and no difference that is seen.
-        Image.open(image).convert("RGB").quantize().save(folder / f"{name}.png", optimize=True)
+        Image.open(path).convert("RGB").quantize().save(path, optimize=True)
 
 
+@matplotlib.style.context(STYLE)
 def draw_run(run):
     """Draw curves, and Figures 5 and 6, of a run into its folder. Returns their names."""
     lines = {"best fitness": [best["fitness"] for best in run.best],
@@ -228,44 +226,42 @@ def draw_run(run):
         lines["median fitness"] = [median(m["fitness"] for m in line["population"])
                                    for line in run.log]
     lines = {name: (run.epochs, 100 * np.array(y)) for name, y in lines.items() if None not in y}
-    with matplotlib.style.context(STYLE):
-        figures = {"curves": figure_lines({str(run): lines}, "epochs of training", "%"),
-                   **evolved_figures([run], str(run))}
-        save(figures, run.folder)
+    figures = {"curves": figure_lines({str(run): lines}, "epochs of training", "%"),
+               **evolved_figures([run], str(run))}
+    save(figures, run.folder)
     return list(figures)
 
 
+@matplotlib.style.context(STYLE)
 def compare(folders, out, references=(), command=None):
     """Write a results folder of several runs; returns the tables. Raises RunError."""
-    runs, out = [load_run(folder) for folder in dict.fromkeys(folders)], Path(out)
+    runs, out = [Run(folder) for folder in dict.fromkeys(folders)], Path(out)
+    late = [f"{run} ({run.epochs[-1]} of {run.total_epochs} epochs)" for run in runs
+            if not run.finished]
+    if not (runs := [run for run in runs if run.finished]):
+        raise RunError(f"no run is finished yet: {', '.join(late)}")
     problems = group(runs)
     text = tables(problems, references)
-    with matplotlib.style.context(STYLE):
-        figures = compared_figures(problems)
-        save(figures | row_figures(problems), out, svg=False)
+    if late:
+        text += f"\nNot finished, so not in tables and pictures: {', '.join(late)}.\n"
+    figures = compared_figures(problems)
+    save(figures | row_figures(problems), out, svg=False)
     with open(out / "runs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, runs[0].numbers(), lineterminator="\n")
+        writer = csv.DictWriter(file, runs[0].numbers, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(run.numbers() for run in runs)
+        writer.writerows(run.numbers for run in runs)
     write_logs(out / "logs.tar.gz", runs)
     readme = out / "README.md"
-    head = f"# {printable(out.name)}\n\n{made_by(command or f'python figures.py --out {out}')}\n\n"
     if readme.exists():
         head = readme.read_text(encoding="utf-8").split(TABLES)[0]
+    else:  # where there is no git, it leaves that out
+        where = subprocess.run(MACHINE, shell=True, capture_output=True, text=True,
+                               cwd=STYLE.parent).stdout
+        command = plain(command or f"python figures.py --out {out}")
+        head = f"# {plain(out.name)}\n\nCommand: `{command}`. {where}\n"
     pictures = "".join(f"\n![{name}]({name}.png)\n" for name in figures)
     readme.write_text(f"{head}{TABLES}\n\n{text}{pictures}", encoding="utf-8")
     return text
-
-
-def made_by(command):
-    """The command, the commit and the machine, for the beginning of a README."""
-    lines = ("git describe --always --dirty",
-             "sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1")
-    commit, machine = (subprocess.run(  # by a shell, which goes on where there is no git
-        line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip() or "unknown" for line in lines)
-    return (f"Command: `{printable(command)}`. Commit: {commit}. Machine: {os.cpu_count()} cores, "
-            f"{machine}.")
 
 
 def main(arguments=None):
@@ -282,8 +278,8 @@ def main(arguments=None):
             print(compare(options.runs, options.out, options.reference, options.command))
         else:
             for folder in options.runs:
-                names = draw_run(load_run(folder))
-                print(f"{printable(folder)}: {', '.join(names)}, each as .png and .svg")
+                names = draw_run(Run(folder))
+                print(f"{plain(folder)}: {', '.join(names)}, each as .png and .svg")
     except (RunError, OSError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
         sys.exit(2)

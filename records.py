@@ -190,7 +190,10 @@ class RunFolder:
         self.fresh, self.began = overwrite or not resume, False
         self.log, self.population = [], []
         if not self.fresh:
-            refuse_differences(read_config(path), self.config, path)
+            old = read_config(path)
+            if changed := [f"{name} is {old.get(name)!r} there and {self.config.get(name)!r} now"
+                           for name in differing(old, self.config)]:
+                raise RunError(f"{path} holds a run with another config: {', '.join(changed)}")
         elif not overwrite and begun(path):
             raise RunError(f"{path} already holds a run: continue it with --resume, or start it "
                            "over with --overwrite")
@@ -343,9 +346,6 @@ def _lines(path, name):
     return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 
-def refuse_differences(old, new, path):
-    """Raise RunError that names each setting which differs from the folder's config."""
-    changed = [f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
-               for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if changed:
-        raise RunError(f"{path} holds a run with another config: {', '.join(changed)}")
+def differing(old, new):
+    """The names of the settings that two configs have not alike."""
+    return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
