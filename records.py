@@ -26,8 +26,9 @@ import numpy as np
 from errors import RunError
 
 FOR_PEOPLE = ("log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json",
-              "report.html", "tensorboard/*", "curves.png", "curves.svg", "losses.png",
-              "losses.svg", "schedule.png", "schedule.svg")
+              "report.html", "tensorboard/*",
+              *(f"{name}.{kind}" for name in ("curves", "losses", "schedule")
+                for kind in ("png", "svg")))
 MARK, DIGITS = b"sha256:", 64  # the checksum follows the first mark
 BEHAVIOUR = "individual/correct"  # a tensor beside those of the state
 TRAINED = "individuals/" + 6 * "[0-9]" + "*.safetensors"
@@ -142,20 +143,16 @@ def unsealed(data, name):
 
 
 def save_individual(path, individual, state):
-    """Write an evaluated individual and its state, CPU tensors by name. Raises RunError."""
+    """Write an evaluated individual and its state: contiguous CPU tensors by name, of which no two
+    share memory. Raises RunError."""
     import torch  # here, since the figures do without it
     from safetensors.torch import save
 
-    # Each tensor is copied, as safetensors takes no two that share memory.
-    tensors = {name: (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).detach()
-               .clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+    turned = [name for name, t in state.items() if t.is_complex()]
+    tensors = state | {name: torch.view_as_real(state[name]) for name in turned}
     tensors[BEHAVIOUR] = torch.tensor(individual.correct)
-    about = {"record": individual.record(), "complex": [n for n in state if state[n].is_complex()]}
-    try:
-        data = save(tensors, {"individual": sealed(about).decode()})
-    except KeyError as error:
-        raise RunError(f"cannot write {path}: safetensors has no type for {error}") from error
-    write_atomic(path, _stamped(data))
+    about = sealed({"record": individual.record(), "complex": turned}).decode()
+    write_atomic(path, _stamped(save(tensors, {"individual": about})))
 
 
 def load_individual(path):
@@ -181,18 +178,17 @@ class RunFolder:
     """The folder of one run, held by one process at a time. Opening it makes the folder and its
     lock, and changes nothing else before `begin`.
 
-    generations: how many are closed; population: as the last of them left it, or []."""
+    log: the closed generations; population: as the last of them left it, or []."""
 
     def __init__(self, path, config, resume=False, overwrite=False):
         """config: a dict for JSON with all that determines the result. Raises RunError."""
         self.path, self.config = Path(path), json.loads(json.dumps(config))
-        self.individuals = self.path / "individuals"
-        self.fresh, self.began = overwrite or not resume, False
+        self.individuals, self.fresh = self.path / "individuals", overwrite or not resume
         self.log, self.population = [], []
         if not self.fresh:
-            old = read_config(path)
-            if changed := [f"{name} is {old.get(name)!r} there and {self.config.get(name)!r} now"
-                           for name in differing(old, self.config)]:
+            old, new = read_config(path), self.config
+            if changed := [f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
+                           for name in differing(old, new)]:
                 raise RunError(f"{path} holds a run with another config: {', '.join(changed)}")
         elif not overwrite and begun(path):
             raise RunError(f"{path} already holds a run: continue it with --resume, or start it "
@@ -216,20 +212,19 @@ class RunFolder:
     def _restore(self):
         """Read log and population. If the last generation is damaged, go back to the one before, so
         that it is evaluated again from its parents."""
-        lines = _lines(self.path, "log.jsonl")
-        try:
-            self._read(lines)
-        except DamagedFile as error:
+        errors = []
+        for end in (None, -1):
             try:
-                self._read(lines[:-1])
-            except DamagedFile as other:
-                both = dict.fromkeys((str(error), str(other)))
-                raise RunError(f"{self.path} cannot be resumed: {'; '.join(both)}") from error
-            print(f"{error}; going back to the end of generation {len(self.log)}", file=sys.stderr)
-
-    def _read(self, lines):
-        self.log = _unsealed_lines(self.path, lines)
-        self.population = [self._load(m) for line in self.log[-1:] for m in line["population"]]
+                self.log = read_log(self.path, end)
+                self.population = [self._load(m) for g in self.log[-1:] for m in g["population"]]
+                break
+            except DamagedFile as error:
+                errors.append(str(error))
+        else:
+            raise RunError(f"{self.path} cannot be resumed: {'; '.join(dict.fromkeys(errors))}")
+        if errors:
+            print(f"{errors[0]}; going back to the end of generation {len(self.log)}",
+                  file=sys.stderr)
 
     def _load(self, member):
         path = self.individual_path(member["id"])
@@ -251,23 +246,18 @@ class RunFolder:
 
     def begin(self):
         """Clear the run that this one replaces, or what an interruption left of this one. Call it
-        unless `finished`, when nothing can keep the run from starting; `recall` does so too."""
-        if self.began:
-            return
+        once, when nothing can keep the run from starting, and not if it is `finished`."""
         with one_line(f"write to {self.path}"):
             self.individuals.mkdir(exist_ok=True)
-            old = self._files(".*.tmp", "individuals/.*.tmp")
-            if self.fresh:  # until config.json is replaced, the rest can go on as the old run
-                old += self._files(*(FOR_PEOPLE if begun(self.path) else ()), TRAINED)
-            elif not self.finished:
-                old += self._files("summary.json")
-            for path in old:
-                path.unlink()
+            # Until config.json is replaced, what is left of an old run can go on as the old run.
+            for path in self._files(".*.tmp", "individuals/.*.tmp", "summary.json",
+                                    *((*FOR_PEOPLE, TRAINED) if self.fresh else ())):
+                path.unlink(missing_ok=True)
         if self.fresh:
             write_atomic(self.path / "config.json", sealed(self.config, indent=2))
         for name in ("log.jsonl", "timing.jsonl"):
             write_atomic(self.path / name, b"".join(_lines(self.path, name)[:self.generations]))
-        self.began, self.clock = True, time.perf_counter()
+        self.clock = time.perf_counter()
 
     def close(self):
         self.lock.close()  # for the next run of this process
@@ -280,7 +270,6 @@ class RunFolder:
 
     def recall(self, individual):
         """The same individual as an interrupted run already evaluated it, or None."""
-        self.begin()
         path = self.individual_path(individual.id)
         try:
             found = load_individual(path)[0] if path.exists() else None
@@ -291,7 +280,6 @@ class RunFolder:
 
     def record(self, generation, population, elites=()):
         """Close a generation, and delete the individuals that are in neither of the last two."""
-        self.begin()
         elites = {individual.id for individual in elites}
         members = [{**m.record(), "elite": m.id in elites} for m in population]
         line, now = {"generation": generation, "population": members}, time.perf_counter()
@@ -311,7 +299,6 @@ class RunFolder:
         return 1 + max((individual.id for individual in self.population), default=-1)
 
     def read_log(self):
-        """The closed generations: the lines of the log as dicts."""
         return self.log
 
 
@@ -329,13 +316,10 @@ def read_config(path):
         return unsealed(file.read_bytes(), file)
 
 
-def read_log(path):
+def read_log(path, end=None):
     """The closed generations of a run: the lines of its log as dicts. Raises RunError."""
-    return _unsealed_lines(path, _lines(path, "log.jsonl"))
-
-
-def _unsealed_lines(path, lines):
-    return [unsealed(line, f"line {i} of {path}/log.jsonl") for i, line in enumerate(lines, 1)]
+    return [unsealed(line, f"line {i} of {path}/log.jsonl")
+            for i, line in enumerate(_lines(path, "log.jsonl")[:end], 1)]
 
 
 def _lines(path, name):
