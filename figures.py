@@ -10,6 +10,7 @@ import csv
 import subprocess
 import sys
 import textwrap
+from bisect import bisect_left
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
 
 from errors import RunError, plain
+from records import rank
 from tables import Run, curve, final, group, noisy, tables, write_logs
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
@@ -41,9 +43,8 @@ def grid(rows, columns, size, title="", **options):
 
 def add_legend(figure, drawn, title=None):
     """One legend for all axes, of drawn = {label: artist}, in as many columns as have room."""
-    columns = figure.get_figwidth() / (0.6 + 0.065 * max(map(len, drawn)))  # inches
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=max(1, int(columns)),
-                  title=title)
+    columns = int(figure.get_figwidth() / (0.6 + 0.065 * max(map(len, drawn)))) or 1
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=columns, title=title)
 
 
 def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
@@ -71,19 +72,17 @@ def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
 
 def zoom(lines):
     """A range that shows the later part of all lines but those that end far below the others."""
-    ends = [line[-1] for line in lines]
+    ends, high = [line[-1] for line in lines], max(line.max() for line in lines)
     far_below = max(ends) - 3 * (max(ends) - median(ends))
     low = min(line[int(0.6 * len(line)):].min() for line in lines if line[-1] >= far_below)
-    high = max(line.max() for line in lines)
     margin = 0.1 * (high - low) or 0.5
     return low - margin, high + margin
 
 
 def over_noise(levels, name):
     """A row's shares of wrong labels, and the mean and standard deviation of its accuracy there."""
-    ends = {noise: [*final(rows[name]).values()] for noise, rows in levels.items() if name in rows}
     points = [(100 * noise, np.mean(x), np.std(x, ddof=min(1, len(x) - 1)))
-              for noise, x in ends.items()]
+              for noise, rows in levels.items() if (x := [*final(rows.get(name, [])).values()])]
     return list(zip(*points, strict=True))
 
 
@@ -139,24 +138,24 @@ def applied(run, name):
 def figure_schedule(runs, title):
     """Figure 6: learning rate and momentum of the best individual of each generation, on a linear
     and on a logarithmic scale, and below them what else varies; a column a run."""
-    others = [name for name in ("weight_decay", "cutout", "alpha")
-              if any(np.ptp(applied(run, name)) for run in runs)]
-    names = [["learning_rate", "momentum"]] * 2 + [[name] for name in others]
-    figure, axes = grid(len(names), len(runs), (2.4, 1.7), title, sharex=True, sharey="row")
-    legend = {}
+    both = ("learning_rate", "momentum")
+    panels = {"value": both, "log scale": both} | {
+        name.replace("_", " "): (name,) for name in ("weight_decay", "cutout", "alpha")
+        if any(np.ptp(applied(run, name)) for run in runs)}
+    figure, axes = grid(len(panels), len(runs), (2.4, 1.7), title, sharex=True, sharey="row")
     for column, run in zip(axes.T, runs, strict=True):
         column[0].set_title(f"seed {run.seed}")
         column[1].set_yscale("log")
         column[1].yaxis.set_major_formatter("{x:g}")
         column[1].yaxis.set_minor_formatter(NullFormatter())
         column[-1].set_xlabel("epoch")
-        for ax, drawn in zip(column, names, strict=True):
-            for i, name in enumerate(drawn):
-                line = ax.stairs(applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
-                if name not in others:
-                    legend[name.replace("_", " ")] = line
-    for ax, name in zip(axes[:, 0], ("value", "log scale", *others), strict=True):
-        ax.set_ylabel(name.replace("_", " "))
+        for ax, names in zip(column, panels.values(), strict=True):
+            lines = [ax.stairs(applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
+                     for i, name in enumerate(names)]
+            if names == both:
+                legend = dict(zip(("learning rate", "momentum"), lines, strict=True))
+    for ax, name in zip(axes[:, 0], panels, strict=True):
+        ax.set_ylabel(name)
     add_legend(figure, legend)
     return figure
 
@@ -164,11 +163,41 @@ def figure_schedule(runs, title):
 def evolved_figures(runs, title):
     """Figures 5 and 6 of what is evolved; none of old logs, which lack what training applied."""
     best, figures = runs[0].best[-1], {}
-    if best.get("applied") and any(name[:5] != "theta" for name in best["hyperparameters"]):
-        figures["schedule"] = figure_schedule(runs, title)
-    if best.get("applied") and best["applied"]["theta"]:
-        figures["losses"] = figure_losses(runs, title)
+    if best.get("applied"):
+        if any(name[:5] != "theta" for name in best["hyperparameters"]):
+            figures["schedule"] = figure_schedule(runs, title)
+        if best["applied"]["theta"]:
+            figures["losses"] = figure_losses(runs, title)
     return figures
+
+
+def figure_lineage(run):
+    """Generations in columns, individuals by fitness, lines to parents. A dot's id has its numbers."""
+    fitness = sorted(m["fitness"] for line in run.log for m in line["population"])
+    widest = max(len(line["population"]) for line in run.log)
+    figure, ((ax,),) = grid(1, 1, (0.33 * len(run.log), 0.16 * widest + 0.4))
+    before, winner = {}, []
+    for g, line in enumerate(run.log):
+        ranked = sorted(line["population"], key=rank, reverse=True)
+        places = {m["id"]: (g, row) for row, m in enumerate(ranked)}
+        for m in ranked:
+            at, elite = places[m["id"]], m["generation"] < g
+            if origin := before.get(m["id"] if elite else m["parent"]):
+                ax.plot(*zip(origin, at, strict=True), "--" if elite else "-", marker="",
+                        color="grey", linewidth=0.5)
+            share = bisect_left(fitness, m["fitness"]) / len(fitness)  # the first are often far below
+            colour = "white" if m["diverged"] else matplotlib.colormaps["viridis"](share)
+            ax.plot(*at, "o", color=colour, markersize=6, mec="grey", mew=0.5, zorder=3,
+                    gid=f"individual {m['id']} of generation {m['generation']}: fitness "
+                        f"{m['fitness']:.2%}, test accuracy {m['test_accuracy']:.2%}")
+        alive = [a["id"] for a in run.ancestry if a["generation"] <= g]
+        winner += [places[id] for id in alive[-1:]]  # none, while everyone has diverged
+        before = places
+    ax.plot(*zip(*winner, strict=True), marker="", color="C2", linewidth=2.5, gid="ancestry")
+    ax.set(xlabel="generation", ylim=(widest - 0.3, -0.7), yticks=[])
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.grid(False)
+    return figure
 
 
 def compared_figures(problems):
@@ -218,16 +247,17 @@ def save(figures, folder, svg=True):
 
 @matplotlib.style.context(STYLE)
 def draw_run(run):
-    """Draw curves, and Figures 5 and 6, of a run into its folder. Returns their names."""
-    lines = {"best fitness": [best["fitness"] for best in run.best],
-             "test accuracy of the fittest": [best["test_accuracy"] for best in run.best],
-             "wrong labels that it reproduces": [best.get("memorised") for best in run.best]}
+    """Draw curves, lineage, and Figures 5 and 6, of a run into its folder. Returns their names."""
+    lines = {name: curve([run], key) for name, key in (
+        ("best fitness", "fitness"), ("test accuracy of the fittest", "test_accuracy"),
+        ("wrong labels that it reproduces", "memorised"))}
     if len(run.log[0]["population"]) > 1:
-        lines["median fitness"] = [median(m["fitness"] for m in line["population"])
-                                   for line in run.log]
-    lines = {name: (run.epochs, 100 * np.array(y)) for name, y in lines.items() if None not in y}
-    figures = {"curves": figure_lines({str(run): lines}, "epochs of training", "%"),
-               **evolved_figures([run], str(run))}
+        middle = [100 * median(m["fitness"] for m in line["population"]) for line in run.log]
+        lines["median fitness"] = run.epochs, np.array(middle), None
+    figures = {"curves": figure_lines({str(run): lines}, "epochs of training", "%")}
+    if "median fitness" in lines:
+        figures["lineage"] = figure_lineage(run)
+    figures |= evolved_figures([run], str(run))
     save(figures, run.folder)
     return list(figures)
 

@@ -2,8 +2,7 @@
 
     config.json    what is run
     log.jsonl      one line a generation with every individual; the line closes the generation
-    individuals/   ID.safetensors: record, behaviour and state of one, written once, when it is
-                   trained; those of the last two generations are kept
+    individuals/   ID.safetensors: record, behaviour and state of each of the last two generations
     timing.jsonl   one line a generation: its seconds
 
 The caller adds best.pt, schedule.json, the figures and at last summary.json. What a run reads back
@@ -27,7 +26,7 @@ from errors import RunError
 
 FOR_PEOPLE = ("log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json",
               "report.html", "tensorboard/*",
-              *(f"{name}.{kind}" for name in ("curves", "losses", "schedule")
+              *(f"{name}.{kind}" for name in ("curves", "lineage", "losses", "schedule")
                 for kind in ("png", "svg")))
 MARK, DIGITS = b"sha256:", 64  # the checksum follows the first mark
 BEHAVIOUR = "individual/correct"  # a tensor beside those of the state
@@ -190,12 +189,9 @@ class RunFolder:
             if changed := [f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
                            for name in differing(old, new)]:
                 raise RunError(f"{path} holds a run with another config: {', '.join(changed)}")
-        elif not overwrite and begun(path):
-            raise RunError(f"{path} already holds a run: continue it with --resume, or start it "
-                           "over with --overwrite")
-        elif not overwrite and (foreign := self._files(*FOR_PEOPLE)):
-            raise RunError(f"{path} holds {foreign[0].name}, and no run: choose another --out, or "
-                           "have it replaced with --overwrite")
+        elif not overwrite and (found := self._files("config.json", *FOR_PEOPLE)):
+            raise RunError(f"{path} already holds a run, or at least {found[0].name}: continue it "
+                           "with --resume, replace it with --overwrite, or choose another --out")
         with one_line(f"write to {path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")
@@ -210,8 +206,8 @@ class RunFolder:
             raise
 
     def _restore(self):
-        """Read log and population. If the last generation is damaged, go back to the one before, so
-        that it is evaluated again from its parents."""
+        """Read log and population; without the last generation if that is damaged, so that it is
+        evaluated again from its parents."""
         errors = []
         for end in (None, -1):
             try:
@@ -239,14 +235,13 @@ class RunFolder:
 
     @property
     def finished(self):
-        """Whether nothing is left to write: the config's generations are closed and summary.json,
-        the last file of a run, is there."""
+        """Whether all generations are closed and summary.json, the last file of a run, is there."""
         closed = self.generations == self.config.get("generations")
         return closed and (self.path / "summary.json").exists()
 
     def begin(self):
-        """Clear the run that this one replaces, or what an interruption left of this one. Call it
-        once, when nothing can keep the run from starting, and not if it is `finished`."""
+        """Clear the run that this one replaces, or what an interruption left of this one. To be
+        called once, when nothing can keep the run from starting, and not if it is `finished`."""
         with one_line(f"write to {self.path}"):
             self.individuals.mkdir(exist_ok=True)
             # Until config.json is replaced, what is left of an old run can go on as the old run.

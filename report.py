@@ -5,17 +5,14 @@
 
 import re
 import sys
-from bisect import bisect_left
 from pathlib import Path
 
-import matplotlib
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
-from matplotlib.colors import to_hex
 
 from errors import RunError, plain
 from figures import draw_run
-from records import rank, write_atomic
+from records import write_atomic
 from tables import Run
 
 
@@ -28,7 +25,7 @@ def report(folder):
     space = ", ".join("{} {:g} to {:g}".format(*v) for v in run.config.get("space", []))
     page = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     text = page.get_template("report.html.j2").render(
-        run=run, drawings=drawings, outcome=outcome(run), lineage=lineage(run),
+        run=run, drawings=drawings, outcome=outcome(run),
         settings=readable(run.config | {"space": space}))
     write_atomic(path := run.folder / "report.html", text.encode())
     return path
@@ -59,34 +56,12 @@ def outcome(run):
 
 def inline(drawing):
     """An SVG file as an element of a page, its text never below its own size. The names of its
-    groups are left out: a page may hold each name once."""
-    text = re.sub(r'<g id="[^"]*"', "<g", drawing[drawing.index("<svg"):])
+    groups are left out, as a page may hold each once; those of individuals become tooltips."""
+    text = drawing[drawing.index("<svg"):]
+    text = re.sub(r'<g id="(individual [^"]*)">', r"<g><title>\1</title>", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     width = re.search(r'width="([\d.]+)pt"', text)[1]
     return Markup(text.replace("<svg", f'<svg style="min-width: {width}px"', 1))
-
-
-def lineage(run):
-    """What the page draws of the population's lineage: generations in columns, individuals by
-    fitness. None of a network that stands alone."""
-    if max(len(line["population"]) for line in run.log) == 1:
-        return None
-    fitness = sorted(m["fitness"] for line in run.log for m in line["population"])
-    colours = matplotlib.colormaps["viridis"]  # by rank: the first generation is often far below
-    links, dots, winner, before = [], [], [], {}
-    for column, line in enumerate(run.log):
-        places = {}  # of this generation's individuals, by id
-        for row, m in enumerate(sorted(line["population"], key=rank, reverse=True)):
-            at = places[m["id"]] = 24 + 32 * column, 10 + 13 * row
-            elite = m["generation"] < line["generation"]
-            if origin := before.get(m["id"] if elite else m["parent"]):
-                links.append((origin, at, elite))
-            colour = to_hex(colours(bisect_left(fitness, m["fitness"]) / len(fitness)))
-            dots.append((at, None if m["diverged"] else colour, m))
-        alive = [a["id"] for a in run.ancestry if a["generation"] <= line["generation"]]
-        winner += [places[id] for id in alive[-1:]]  # none, if a whole generation diverged
-        before = places
-    return dict(links=links, dots=dots, winner=winner, width=24 + 32 * len(run.log),
-                height=30 + 13 * max(len(line["population"]) for line in run.log))
 
 
 def main():

@@ -98,13 +98,13 @@ def final(runs):
 
 
 def curve(runs, key="test_accuracy"):
-    """Epochs, mean and standard error, in percent, of what the fittest of each generation has as
-    `key`; None where the log lacks it."""
+    """Epochs, mean and standard error (None for one run), in percent, of what the fittest of each
+    generation has as `key`; None where the log lacks it."""
     n = min(len(run.log) for run in runs)
     values = 100 * np.array([[best.get(key) for best in run.best[:n]] for run in runs], float)
     if np.isnan(values).any():
         return None
-    error = values.std(axis=0, ddof=min(1, len(runs) - 1)) / math.sqrt(len(runs))
+    error = values.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else None
     return runs[0].epochs[:n], values.mean(axis=0), error
 
 

@@ -17,7 +17,7 @@ import tempfile
 import threading
 from collections import Counter, deque
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import connection, forkserver, parent_process
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from errors import RunError, message
+from records import RunFolder
 from settings import settings
 from slots import Slot, Turns, out_of_memory, worthwhile_slots
 from taylorglo_ext import BackendError
@@ -37,12 +38,13 @@ UNGUARDED = 76  # and of one that came upon evolve() while it imported the user'
 PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
 
 
+@dataclass
 class Workers:
     """Evaluates individuals; what an interrupted run has evaluated is taken from its folder."""
 
-    def __init__(self, pool, folder, progress):
-        """pool: a ThisProcess, Processes or cluster.RayPool. progress: has tqdm's update(n)."""
-        self.pool, self.folder, self.progress = pool, folder, progress
+    pool: object  # a ThisProcess, Processes or cluster.RayPool
+    folder: RunFolder
+    progress: object  # has tqdm's update(n)
 
     def evaluate(self, individuals, teacher=None, alpha=0.0):
         """Alg. 1, step 3a: the same individuals, trained and scored, in the same order."""
@@ -63,15 +65,12 @@ class ThisProcess:
 
     def __init__(self, config, data):
         keep_freed_memory()
-        self.stack = ExitStack()
-        self.stack.enter_context(settings(config))
-        self.trainer = Trainer(config, data)
+        self.settings = ExitStack()
+        self.settings.enter_context(settings(config))
+        self.close, self.trainer = self.settings.close, Trainer(config, data)
 
     def run(self, tasks):
-        yield from map(self.trainer.evaluate, tasks)
-
-    def close(self):
-        self.stack.close()
+        return map(self.trainer.evaluate, tasks)
 
 
 class Processes:
@@ -137,7 +136,6 @@ class Processes:
     def close(self):
         for worker in self.workers:
             worker.process.kill()
-        for worker in self.workers:
             worker.process.join()
 
 
@@ -148,8 +146,8 @@ def shares(count, devices):
 
 
 def start_server():
-    """Workers are forked from a server that has imported torch but started no thread and no CUDA
-    context. It imports in the background; to call this once more does nothing. Raises RunError."""
+    """Workers are forked from a server that imports torch in the background, but starts no thread
+    and no CUDA context. To call this once more does nothing. Raises RunError."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks
         os._exit(UNGUARDED)
     context = multiprocessing.get_context("forkserver")
@@ -161,13 +159,13 @@ def start_server():
         vars(main).pop("__file__", None)  # "<stdin>", which workers would try to import
     if threading.current_thread() is not threading.main_thread():
         return context  # signals are not its business
-    # Ctrl-C reaches every process of a terminal, and is the parent's to handle. The server and its
-    # workers ignore it from their first instruction, as they inherit it.
+    # Ctrl-C reaches every process of a terminal, and is the parent's to handle: the server and its
+    # workers inherit that they ignore it.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
     except OSError as error:
-        raise RunError(f"cannot start worker processes, whose socket cannot be made in TMPDIR, "
+        raise RunError(f"cannot start worker processes with a socket in TMPDIR, "
                        f"{tempfile.gettempdir()}: {error}; use a shorter one, or --workers 1"
                        ) from error
     finally:
@@ -254,9 +252,8 @@ def take_turns(slots, pipe):
 
 
 def keep_freed_memory():
-    """Have glibc keep what a training step frees for the next one. By default it is given back to
-    the system and faulted in again in every step, about 10,000 pages for ResNet-8 on 32x32 images:
-    up to 15% of a step's time."""
+    """Have glibc keep what a training step frees for the next one. By default it gives it back to
+    the system, which costs up to 15% of a step's time."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

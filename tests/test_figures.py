@@ -234,8 +234,8 @@ DIVERGED = [[member(0, 0, 0.0, diverged=True, hyperparameters={"lr_scale": 9.0},
 
 
 @pytest.mark.parametrize("log, names", [
-    (OLD, {"curves"}), (alone(0.5, 0.6), {"curves"}), (PBT, {"curves", "schedule"}),
-    (DIVERGED, {"curves", "schedule"}), (evolved(0.5), {"curves", "losses", "schedule"})])
+    (OLD, {"curves", "lineage"}), (alone(0.5, 0.6), {"curves"}), (PBT, {"curves", "lineage", "schedule"}),
+    (DIVERGED, {"curves", "schedule"}), (evolved(0.5), {"curves", "lineage", "losses", "schedule"})])
 def test_figures_5_and_6_are_drawn_of_what_evolved(log, names, tmp_path, drawn):
     main([str(write(tmp_path / "a-1", log))])
     assert drawn.keys() == names
