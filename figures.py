@@ -172,7 +172,7 @@ def evolved_figures(runs, title):
 
 
 def figure_lineage(run):
-    """Generations in columns, individuals by fitness, lines to parents. A dot's id has its numbers."""
+    """Generations in columns, individuals by fitness, lines to parents. A dot's id says more."""
     fitness = sorted(m["fitness"] for line in run.log for m in line["population"])
     widest = max(len(line["population"]) for line in run.log)
     figure, ((ax,),) = grid(1, 1, (0.33 * len(run.log), 0.16 * widest + 0.4))
@@ -185,8 +185,8 @@ def figure_lineage(run):
             if origin := before.get(m["id"] if elite else m["parent"]):
                 ax.plot(*zip(origin, at, strict=True), "--" if elite else "-", marker="",
                         color="grey", linewidth=0.5)
-            share = bisect_left(fitness, m["fitness"]) / len(fitness)  # the first are often far below
-            colour = "white" if m["diverged"] else matplotlib.colormaps["viridis"](share)
+            place = bisect_left(fitness, m["fitness"]) / len(fitness)  # the first are far below
+            colour = "white" if m["diverged"] else matplotlib.colormaps["viridis"](place)
             ax.plot(*at, "o", color=colour, markersize=6, mec="grey", mew=0.5, zorder=3,
                     gid=f"individual {m['id']} of generation {m['generation']}: fitness "
                         f"{m['fitness']:.2%}, test accuracy {m['test_accuracy']:.2%}")

@@ -34,7 +34,7 @@ TRAINED = "individuals/" + 6 * "[0-9]" + "*.safetensors"
 
 
 class DamagedFile(RunError):
-    """A file whose bytes are not those that were written."""
+    """The bytes are not those that were written."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Individual:
 
 
 def rank(m):
-    """Sort key of individuals or log records: not diverged, fitness, age; never test accuracy."""
+    """Sort key of individuals or their records: not diverged, fitness, age; no test accuracy."""
     m = m if isinstance(m, dict) else vars(m)
     return not m["diverged"], m["fitness"], -m["id"]
 
@@ -90,7 +90,6 @@ def finite_or_none(x):
 
 @contextmanager
 def one_line(action):
-    """Turn an OSError into a RunError."""
     try:
         yield
     except OSError as error:
@@ -98,8 +97,7 @@ def one_line(action):
 
 
 def write_atomic(path, data):
-    """Write all of data (bytes) or nothing."""
-    path = Path(path)
+    """Write all of data (bytes) or nothing. Raises RunError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with one_line(f"write {path}"):
         _write(temporary, "wb", data)
@@ -116,6 +114,11 @@ def _write(path, mode, data):
         os.fsync(file.fileno())
 
 
+def _read(path):
+    with one_line(f"read {path}"):
+        return path.read_bytes()
+
+
 def _stamped(data):
     """The same bytes with their checksum after the mark; others if they have no mark."""
     before, mark, after = data.partition(MARK)
@@ -130,7 +133,7 @@ def sealed(content, indent=None):
 
 
 def unsealed(data, name):
-    """The dict that `sealed` wrote, or one that has no checksum. Raises DamagedFile."""
+    """The dict that `sealed` wrote, or one of before checksums. Raises DamagedFile."""
     try:
         if (b'"checksum"' in data or MARK in data) and _stamped(data) != data:
             raise ValueError("its checksum does not match")
@@ -142,7 +145,7 @@ def unsealed(data, name):
 
 
 def save_individual(path, individual, state):
-    """Write an evaluated individual and its state: contiguous CPU tensors by name, of which no two
+    """Write an evaluated individual and its state: contiguous CPU tensors by name, none of which
     share memory. Raises RunError."""
     import torch  # here, since the figures do without it
     from safetensors.torch import save
@@ -180,7 +183,7 @@ class RunFolder:
     log: the closed generations; population: as the last of them left it, or []."""
 
     def __init__(self, path, config, resume=False, overwrite=False):
-        """config: a dict for JSON with all that determines the result. Raises RunError."""
+        """config: a dict with all that determines the result. Raises RunError."""
         self.path, self.config = Path(path), json.loads(json.dumps(config))
         self.individuals, self.fresh = self.path / "individuals", overwrite or not resume
         self.log, self.population = [], []
@@ -229,9 +232,7 @@ class RunFolder:
             raise DamagedFile(f"{path} is not the individual that the log has")
         return individual
 
-    @property
-    def generations(self):
-        return len(self.log)
+    generations = property(lambda self: len(self.log))
 
     @property
     def finished(self):
@@ -290,7 +291,7 @@ class RunFolder:
                     path.unlink()
 
     def evaluated(self):
-        """How many individuals the closed generations have trained. Ids count from 0."""
+        """How many individuals the closed generations have trained: their ids count from 0."""
         return 1 + max((individual.id for individual in self.population), default=-1)
 
     def read_log(self):
@@ -298,7 +299,7 @@ class RunFolder:
 
 
 def begun(path):
-    """Whether a folder holds a run, if only its log."""
+    """Whether a folder holds a run."""
     return (Path(path) / "config.json").exists()
 
 
@@ -306,9 +307,7 @@ def read_config(path):
     """The config of the run in a folder. Raises RunError."""
     if not begun(path):
         raise RunError(f"{path} holds no run")
-    file = Path(path) / "config.json"
-    with one_line(f"read {file}"):
-        return unsealed(file.read_bytes(), file)
+    return unsealed(_read(file := Path(path) / "config.json"), file)
 
 
 def read_log(path, end=None):
@@ -320,8 +319,7 @@ def read_log(path, end=None):
 def _lines(path, name):
     """The whole lines in a file of a run. An interruption can leave half a line after them."""
     file = Path(path) / name
-    with one_line(f"read {file}"):
-        data = file.read_bytes() if file.exists() else b""
+    data = _read(file) if file.exists() else b""
     return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 

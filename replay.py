@@ -47,7 +47,8 @@ def read_schedule(path):
         for epoch in found["epochs"]:
             values += [(name, kind, epoch[name]) for name, kind in NUMBERS.items()]
             if (theta := epoch["theta"]) is not None:
-                values += [("theta", tuple[Finite, ...], tuple(theta)), ("thetas", Eight, len(theta))]
+                values += [("theta", tuple[Finite, ...], tuple(theta)),
+                           ("thetas", Eight, len(theta))]
         for name, kind, value in values:
             if line := mistake(kind, value):
                 raise ValueError(f"{name} must be {line}")

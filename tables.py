@@ -19,10 +19,8 @@ from tabulate import tabulate
 from errors import RunError, plain
 from records import ancestry, differing, fittest, read_config, read_log
 
-BASELINES = ("baseline", "pbt", "random")  # methods; Sec. 4.1
 # What the runs of a row may differ in: the seed, what follows from it, and the machine.
 FREE = {"seed", "data", "replay", "schedule", "device", "threads", "loss_backend"}
-FILES = ("config.json", "log.jsonl", "schedule.json", "summary.json", "timing.jsonl")
 
 
 class Run:
@@ -108,14 +106,15 @@ def curve(runs, key="test_accuracy"):
     return runs[0].epochs[:n], values.mean(axis=0), error
 
 
-def table(header, lines):
-    """A Markdown table that is aligned as plain text too."""
-    header, *lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *lines)]
-    return tabulate(lines, header, "pipe", disable_numparse=True,
-                    colalign=("left", *["right"] * (len(header) - 1)))
+def table(lines):
+    """A Markdown table, whose header is the first line."""
+    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+    return tabulate(cells, "firstrow", "pipe", disable_numparse=True,
+                    colalign=("left", *["right"] * (len(cells[0]) - 1)))
 
 
-def mean_sd(values):
+def mean_sd(runs):
+    values = [*final(runs).values()]
     sd = f"{stdev(values):.2f}" if len(values) > 1 else "-"
     return f"{fmean(values):.2f} ({sd}; {len(values)})" if values else "-"
 
@@ -140,18 +139,17 @@ def paired(runs, others):
 def table1(levels, references):
     """Rows are methods; for each share of wrong labels the accuracy, and the difference from each
     row that `references` names."""
-    header, lines = ["method"], {name: [name] for rows in levels.values() for name in rows}
+    names = dict.fromkeys(name for rows in levels.values() for name in rows)
+    columns = [["method", *names]]
     for noise, rows in levels.items():
-        header += [f"accuracy{noisy(noise)}", *(f"against {name}" for name in references)]
-        for name, line in lines.items():
-            runs = rows.get(name, [])
-            line += [mean_sd([*final(runs).values()]),
-                     *(paired(runs, rows.get(other, [])) for other in references)]
-    for name, line in lines.items():
-        trained = fmean(run.numbers["epochs_trained"]
-                        for rows in levels.values() for run in rows.get(name, []))
-        line.append(f"{trained:,.0f}")
-    return table([*header, "epochs trained"], lines.values())
+        runs = {name: rows.get(name, []) for name in names}
+        columns.append([f"accuracy{noisy(noise)}", *map(mean_sd, runs.values())])
+        columns += [[f"against {other}", *(paired(mine, runs[other]) for mine in runs.values())]
+                    for other in references]
+    trained = (fmean(run.numbers["epochs_trained"] for rows in levels.values()
+                     for run in rows.get(name, [])) for name in names)
+    columns.append(["epochs trained", *(f"{epochs:,.0f}" for epochs in trained)])
+    return table(zip(*columns, strict=True))
 
 
 def epochs_to_pass(runs, others):
@@ -163,9 +161,9 @@ def epochs_to_pass(runs, others):
 def table2(rows):
     ours = {name: runs for name, runs in rows.items() if runs[0].config["method"] == "epbt"}
     lines = [[name, *(epochs_to_pass(runs, others) for runs in ours.values())]
-             for name, others in rows.items() if others[0].config["method"] in BASELINES]
+             for name, others in rows.items() if others[0].config["method"] not in ("epbt", "replay")]
     header = ["to pass", *(f"{name}, of {runs[0].total_epochs}" for name, runs in ours.items())]
-    return table(header, lines) if ours and lines else ""
+    return table([header, *lines]) if ours and lines else ""
 
 
 def tables(problems, references=()):
@@ -193,8 +191,7 @@ def write_logs(path, runs):
     top = os.path.commonpath([folder.parent for folder in folders])
     with (gzip.GzipFile(path, "wb", mtime=0) as file,
           tarfile.open(fileobj=file, mode="w") as archive):
-        for source in sorted(folder / name for folder in folders for name in FILES):
-            if source.exists():
-                entry, content = tarfile.TarInfo(os.path.relpath(source, top)), source.read_bytes()
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
+        for source in sorted(file for folder in folders for file in folder.glob("*.json*")):
+            entry, content = tarfile.TarInfo(os.path.relpath(source, top)), source.read_bytes()
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
