@@ -1,11 +1,10 @@
 """Tables 1 and 2 and Figures 2 to 6 of the paper, from run folders alone.
 
-    python figures.py RUN ...                       each run's own figures, at any time during it
-    python figures.py --out results/NAME RUN ...    the finished runs compared: README.md with the
-                                                    tables, runs.csv, the pictures, logs.tar.gz
+    python figures.py --out results/NAME RUN ...
+
+writes the tables into README.md, the pictures, runs.csv and logs.tar.gz. report.py draws one run.
 """
 
-import argparse
 import csv
 import subprocess
 import sys
@@ -17,11 +16,13 @@ from statistics import median
 
 import matplotlib.style
 import numpy as np
+import tyro
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
+from tyro.conf import Positional, UseAppendAction
 
 from errors import RunError, plain
 from records import rank
@@ -263,15 +264,22 @@ def draw_run(run):
 
 
 @matplotlib.style.context(STYLE)
-def compare(folders, out, references=(), command=None):
-    """Write a results folder of several runs; returns the tables. Raises RunError."""
-    runs, out = [Run(folder) for folder in dict.fromkeys(folders)], Path(out)
+def compare(folders: Positional[tuple[Path, ...]], out: Path,
+            reference: UseAppendAction[tuple[str, ...]] = (), command: str = ""):
+    """Write a results folder of several runs; returns the tables. Raises RunError.
+
+    Args:
+        folders: of the runs; those that are not finished are left out.
+        out: the folder to write.
+        reference: a row to test the others against, again for more; the first if none is given.
+        command: what README.md says that the runs were made by."""
+    runs = [Run(folder) for folder in dict.fromkeys(folders)]
     late = [f"{run} ({run.epochs[-1]} of {run.total_epochs} epochs)" for run in runs
             if not run.finished]
     if not (runs := [run for run in runs if run.finished]):
-        raise RunError(f"no run is finished yet: {', '.join(late)}")
+        raise RunError(f"no run is finished: {', '.join(late) or 'none was named'}")
     problems = group(runs)
-    text = tables(problems, references)
+    text = tables(problems, reference)
     if late:
         text += f"\nNot finished, so not in tables and pictures: {', '.join(late)}.\n"
     figures = compared_figures(problems)
@@ -295,21 +303,8 @@ def compare(folders, out, references=(), command=None):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
-    parser.add_argument("--out", help="compare the runs, into this folder")
-    parser.add_argument("--reference", action="append", default=[], metavar="ROW",
-                        help="a row to test the others against, again for more; default the first")
-    parser.add_argument("--command", help="what README.md says that the runs were made by")
-    options = parser.parse_args(arguments)
     try:
-        if options.out:
-            print(compare(options.runs, options.out, options.reference, options.command))
-        else:
-            for folder in options.runs:
-                names = draw_run(Run(folder))
-                print(f"{plain(folder)}: {', '.join(names)}, each as .png and .svg")
+        print(tyro.cli(compare, args=arguments, description=__doc__))
     except (RunError, OSError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
         sys.exit(2)

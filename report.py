@@ -1,6 +1,6 @@
 """One page of a run, finished or not: report.html in its folder. Self-contained, no JavaScript.
 
-    python report.py runs/NAME
+    python report.py runs/NAME ...
 """
 
 import re
@@ -65,10 +65,11 @@ def inline(drawing):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) == 1:
         sys.exit(__doc__)
     try:
-        print(plain(report(sys.argv[1])))
+        for folder in sys.argv[1:]:
+            print(plain(report(folder)))
     except (RunError, OSError) as error:
         print(f"report.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import figures
 from errors import RunError
-from figures import binary_loss, compare, main, zoom
+from figures import binary_loss, compare, draw_run, main, zoom
 from tables import Run, epochs_to_pass, group, paired, tables
 from taylorglo_ext import taylorglo_loss
 from tests.run_folders import THETA, alone, evolved, member, write
@@ -202,7 +202,7 @@ def test_pictures_of_rows_have_names_of_their_own(tmp_path, drawn):
 @pytest.mark.parametrize("name", [NAMES[1], NAMES[3], NAMES[-2], NAMES[-1]])
 def test_free_text_may_be_anywhere(name, tmp_path):
     folder = write(tmp_path / f"{name}-1", evolved(0.5, 0.6), dataset=f"/data/{name}", model=name)
-    main([str(folder)])
+    draw_run(Run(folder))
     main(["--out", str(tmp_path / name), str(folder)])
     assert (folder / "losses.svg").exists() and len(list((tmp_path / name).glob("*.png"))) == 3
 
@@ -222,7 +222,7 @@ def test_a_folder_without_a_run_is_one_line(spoil, words, tmp_path, capsys):
     with pytest.raises(RunError, match=words):
         Run(folder)
     with pytest.raises(SystemExit) as exit:
-        main([str(folder)])
+        main(["--out", str(tmp_path / "out"), str(folder)])
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and len(lines) == 1 and "a-1" in lines[0]
 
@@ -237,7 +237,7 @@ DIVERGED = [[member(0, 0, 0.0, diverged=True, hyperparameters={"lr_scale": 9.0},
     (OLD, {"curves", "lineage"}), (alone(0.5, 0.6), {"curves"}), (PBT, {"curves", "lineage", "schedule"}),
     (DIVERGED, {"curves", "schedule"}), (evolved(0.5), {"curves", "lineage", "losses", "schedule"})])
 def test_figures_5_and_6_are_drawn_of_what_evolved(log, names, tmp_path, drawn):
-    main([str(write(tmp_path / "a-1", log))])
+    draw_run(Run(write(tmp_path / "a-1", log)))
     assert drawn.keys() == names
 
 
