@@ -15,10 +15,8 @@ from errors import MOST, ConfigError, RunError, message, mistake
 from records import Individual, ancestry
 
 SCHEDULE = "schedule.json"
-# The numbers of an epoch, beside theta.
-NUMBERS = dict(learning_rate=NotNegative, momentum=Share, weight_decay=NotNegative,
-               cutout=NotNegative)
-Finite, Eight = Annotated[float, -MOST, MOST], Annotated[int, 8, 8]
+EPOCH = dict(learning_rate=NotNegative, momentum=Share, weight_decay=NotNegative,
+             cutout=NotNegative, theta=tuple[Annotated[float, -MOST, MOST], ...])
 # Fields of the run's config that a replay takes over, and those whose place the schedule takes.
 SHARED = ("dataset", "model", "batch_size", "add_cross_entropy", "image_size", "augmentation")
 DECIDED = "learning_rate", "lr_decay", "momentum", "weight_decay", "loss", "add_cross_entropy"
@@ -29,8 +27,7 @@ def schedule(config, data, log):
     None), "side" (the lesser of height and width in pixels), "average_epochs" (over about how many
     the weights are averaged), and "epochs": [{"learning_rate", "momentum", "weight_decay",
     "cutout", "theta": eight numbers, or None}, ...]."""
-    epochs = [{name: ancestor["applied"][name] for name in (*NUMBERS, "theta")}
-              | {"learning_rate": rate}
+    epochs = [{name: ancestor["applied"][name] for name in EPOCH} | {"learning_rate": rate}
               for ancestor in ancestry(log) for rate in ancestor["applied"]["learning_rate"]]
     return {name: getattr(config, name) for name in SHARED} | {
         "plain_loss": config.plain_loss, "side": min(data.height, data.width),
@@ -45,10 +42,9 @@ def read_schedule(path):
         found = json.loads(path.read_text(encoding="utf-8"))
         values = [("side", Positive, found["side"])]
         for epoch in found["epochs"]:
-            values += [(name, kind, epoch[name]) for name, kind in NUMBERS.items()]
-            if (theta := epoch["theta"]) is not None:
-                values += [("theta", tuple[Finite, ...], tuple(theta)),
-                           ("thetas", Eight, len(theta))]
+            plain = epoch | {"theta": tuple(epoch["theta"] or 8 * [0])}
+            values += [(name, kind, plain[name]) for name, kind in EPOCH.items()]
+            values += [("the number of thetas", Annotated[int, 8, 8], len(plain["theta"]))]
         for name, kind, value in values:
             if line := mistake(kind, value):
                 raise ValueError(f"{name} must be {line}")

@@ -161,7 +161,8 @@ def epochs_to_pass(runs, others):
 def table2(rows):
     ours = {name: runs for name, runs in rows.items() if runs[0].config["method"] == "epbt"}
     lines = [[name, *(epochs_to_pass(runs, others) for runs in ours.values())]
-             for name, others in rows.items() if others[0].config["method"] not in ("epbt", "replay")]
+             for name, others in rows.items()
+             if others[0].config["method"] not in ("epbt", "replay")]
     header = ["to pass", *(f"{name}, of {runs[0].total_epochs}" for name, runs in ours.items())]
     return table([header, *lines]) if ours and lines else ""
 

@@ -82,8 +82,8 @@ class Processes:
         if config.device == "cpu":
             places = [("cpu", 1)] * count
         else:  # always in another process: after a CUDA error only a new process can use a GPU
-            parts = shares(count, torch.cuda.device_count())
-            places = [(f"cuda:{i}", slots) for i, slots in enumerate(parts)]
+            parts = map(len, np.array_split(range(count), torch.cuda.device_count()))
+            places = [(f"cuda:{i}", slots) for i, slots in enumerate(parts) if slots or count == 0]
         self.workers = [WorkerProcess(self.context, replace(config, device=device), data, slots)
                         for device, slots in places]
         for worker in self.workers:
@@ -139,20 +139,14 @@ class Processes:
             worker.process.join()
 
 
-def shares(count, devices):
-    """Slots for each device: count divided among them, those with none left out; 0 each for 0."""
-    parts = [len(part) for part in np.array_split(range(count), devices)]
-    return [n for n in parts if n or count == 0]
-
-
 def start_server():
     """Workers are forked from a server that imports torch in the background, but starts no thread
     and no CUDA context. To call this once more does nothing. Raises RunError."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks
         os._exit(UNGUARDED)
     context = multiprocessing.get_context("forkserver")
-    # torch by its own name too: before Python 3.13 the server looks for modules in the working
-    # directory only, and so may not find ours.
+    # Before Python 3.13 the server looks for modules in the working directory only, and so may find
+    # torch but not ours.
     context.set_forkserver_preload(["torch", "training"])
     main = sys.modules["__main__"]
     if not os.path.isfile(getattr(main, "__file__", None) or ""):
@@ -178,7 +172,7 @@ class WorkerProcess:
 
     def __init__(self, context, config, data, slots):
         """slots: how many tasks it has at once; 0: it finds out how many pay, and tells."""
-        self.config, self.tasks = config, {}
+        self.config, self.tasks, self.slots = config, {}, slots
         self.pipe, theirs = context.Pipe()
         arguments = config, data, slots, theirs
         self.process = context.Process(target=serve, args=arguments, daemon=True)
@@ -189,7 +183,6 @@ class WorkerProcess:
             raise RunError(f"cannot start a worker process: {reason}; use --workers 1, or where "
                            "/dev/shm is too small docker run --shm-size") from error
         theirs.close()  # so that its death closes the pipe
-        self.slots = slots
 
     def give(self, task):
         self.tasks[task.individual.id] = task
@@ -239,8 +232,7 @@ def serve(config, data, slots, pipe):
 
 
 def take_turns(slots, pipe):
-    """Evaluate the tasks that come through the pipe, one a slot, a few steps of each in turn, for
-    ever."""
+    """Evaluate the tasks that come through the pipe, one a slot, a few steps of each in turn."""
     idle, turns = list(slots), Turns()
     while True:
         while idle and (not turns.busy or pipe.poll()):

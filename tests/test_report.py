@@ -1,6 +1,5 @@
 """The one-page report of a run, from logs that are written by hand."""
 
-import re
 from html.parser import HTMLParser
 
 from figures import figure_lineage
