@@ -13,19 +13,18 @@ import ctypes
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from multiprocessing import connection, forkserver, parent_process
+from multiprocessing import connection, parent_process
 
 import numpy as np
 import torch
-import torch.multiprocessing as multiprocessing
 
 from errors import RunError, message
 from records import RunFolder
+from server import UNGUARDED, start_server
 from settings import settings
 from slots import Slot, Turns, out_of_memory, worthwhile_slots
 from taylorglo_ext import BackendError
@@ -34,7 +33,6 @@ from training import Task, Trainer
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ATTEMPTS = 3  # a task whose worker dies is given out again, this many times in all
 OUT_OF_MEMORY = 75  # the exit code of a worker whose GPU had no memory left
-UNGUARDED = 76  # and of one that came upon evolve() while it imported the user's script
 PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
 
 
@@ -137,34 +135,6 @@ class Processes:
         for worker in self.workers:
             worker.process.kill()
             worker.process.join()
-
-
-def start_server():
-    """Workers are forked from a server that imports torch in the background, but starts no thread
-    and no CUDA context. To call this once more does nothing. Raises RunError."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks
-        os._exit(UNGUARDED)
-    context = multiprocessing.get_context("forkserver")
-    # Before Python 3.13 the server looks for modules in the working directory only, and so may find
-    # torch but not ours.
-    context.set_forkserver_preload(["torch", "training"])
-    main = sys.modules["__main__"]
-    if not os.path.isfile(getattr(main, "__file__", None) or ""):
-        vars(main).pop("__file__", None)  # "<stdin>", which workers would try to import
-    if threading.current_thread() is not threading.main_thread():
-        return context  # signals are not its business
-    # Ctrl-C reaches every process of a terminal, and is the parent's to handle: the server and its
-    # workers inherit that they ignore it.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    except OSError as error:
-        raise RunError(f"cannot start worker processes with a socket in TMPDIR, "
-                       f"{tempfile.gettempdir()}: {error}; use a shorter one, or --workers 1"
-                       ) from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    return context
 
 
 class WorkerProcess:
