@@ -257,13 +257,14 @@ __global__ void __launch_bounds__(kThreads, 2) fill_output(const NormRelu<scalar
   if constexpr (kShortcut) walk.read(p.shortcut, shortcut);
 
   const Share share = add_up<true, kChannels>(p.layout, p.records);
-  const int c = blockIdx.y * p.layout.lanes * kChannels + threadIdx.x;
-  if (threadIdx.x < p.layout.lanes * kChannels && c < p.channels) {
+  const int t = threadIdx.x, channels = p.layout.lanes * kChannels;
+  const int c = blockIdx.y * channels + t;
+  if (t < channels && c < p.channels) {
     const float mean = share.a, variance = share.b / static_cast<float>(p.rows);
     const float rstd = 1 / sqrtf(variance + p.eps);
-    means[threadIdx.x] = mean;
-    slopes[threadIdx.x] = rstd * p.weight[c];
-    biases[threadIdx.x] = p.bias[c];
+    means[t] = mean;
+    slopes[t] = rstd * p.weight[c];
+    biases[t] = p.bias[c];
     if (blockIdx.x == 0) {
       const float old = 1 - p.momentum;
       p.running_mean[c] = fmaf(p.momentum, mean, old * p.running_mean[c]);
@@ -359,15 +360,16 @@ __global__ void __launch_bounds__(kThreads, 2) fill_gradient(const NormReluBackw
   walk.read(gradient, dz);
 
   const Share share = add_up<false, kChannels>(p.layout, p.records);
-  const int c = blockIdx.y * p.layout.lanes * kChannels + threadIdx.x;
-  if (threadIdx.x < p.layout.lanes * kChannels && c < p.channels) {
+  const int t = threadIdx.x, channels = p.layout.lanes * kChannels;
+  const int c = blockIdx.y * channels + t;
+  if (t < channels && c < p.channels) {
     const float rows = static_cast<float>(p.rows), rstd = p.saved[p.channels + c];
     const float slope = rstd * p.weight[c], product = rstd * share.b;
-    means[threadIdx.x] = p.saved[c];
-    slopes[threadIdx.x] = slope;
-    biases[threadIdx.x] = p.bias[c];
-    constants[threadIdx.x] = -slope * (share.a / rows);
-    factors[threadIdx.x] = -slope * (rstd * product / rows);
+    means[t] = p.saved[c];
+    slopes[t] = slope;
+    biases[t] = p.bias[c];
+    constants[t] = -slope * (share.a / rows);
+    factors[t] = -slope * (rstd * product / rows);
     if (blockIdx.x == 0) {
       p.dweight[c] = product;
       p.dbias[c] = share.a;
