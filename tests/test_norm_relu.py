@@ -202,26 +202,31 @@ def test_a_captured_graph_does_the_same(fused, with_shortcut):
             assert torch.equal(result, expected)
 
 
+def network_gradient(name, bfloat16):
+    """Of one step, as one vector; and how many convolutions had their images from the kernels."""
+    model = make_model(name, 10, 3, seed=0).to(DEVICE, memory_format=CHANNELS_LAST)
+    sources = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, given, out: sources.append(given[0].grad_fn))
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16):
+        logits = model(numbers((16, 3, 16, 16)).detach())
+    torch.nn.functional.cross_entropy(logits.float(), torch.arange(16, device=DEVICE) % 10).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return gradient, sum(s is not None and s.name() == "NormReluBackward" for s in sources)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["resnet8", "wrn-10-1"])
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_a_network_learns_the_same(fused, monkeypatch, name, bfloat16):
-    images, results = numbers((16, 3, 16, 16)).detach(), []
-    for plain in (False, True):
-        if plain:
-            monkeypatch.setattr(module, "fits", lambda *_: False)
-        model = make_model(name, 10, 3, seed=0).to(DEVICE, memory_format=CHANNELS_LAST)
-        names = []
-        for layer in model.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.register_forward_hook(lambda _, given, out, into=names: into.append(given[0].grad_fn))
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16):
-            logits = model(images)
-        assert any(f and f.name() == "NormReluBackward" for f in names) != plain
-        logits.float().square().sum().backward()
-        results.append([logits.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
-    for ours, its in zip(*results, strict=True):
-        assert_near(ours, its.double(), 0.15 if bfloat16 else 0.02)
+def test_a_network_has_the_gradient_that_it_has_with_pytorchs(fused, monkeypatch, name):
+    ours = {bfloat16: network_gradient(name, bfloat16) for bfloat16 in (False, True)}
+    monkeypatch.setattr(module, "fits", lambda *_: False)
+    its = {bfloat16: network_gradient(name, bfloat16) for bfloat16 in (False, True)}
+    assert [count for _, count in ours.values()] == [{"resnet8": 6, "wrn-10-1": 8}[name]] * 2
+    assert [count for _, count in its.values()] == [0, 0]
+    exact = its[False][0]
+    assert (ours[False][0] - exact).norm() < 0.01 * exact.norm()
+    assert (ours[True][0] - exact).norm() < 1.5 * (its[True][0] - exact).norm()
 
 
 @pytest.mark.cuda
