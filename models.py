@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import ConfigError, message, nearest
+from norm_relu import norm_relu
 
 
 class BasicBlock(nn.Module):
@@ -34,9 +35,8 @@ class BasicBlock(nn.Module):
         self.new_channels = channels - in_channels
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x), inplace=True)
+        out = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(out), self.shortcut(x))
 
     def shortcut(self, x):
         if self.new_channels == 0:
@@ -58,7 +58,7 @@ class ResNet(nn.Module):
         he_init(self)
 
     def forward(self, x):
-        x = F.relu(self.bn(self.conv(x)), inplace=True)
+        x = norm_relu(self.bn, self.conv(x))
         return self.fc(self.blocks(x).mean((2, 3)))
 
 
@@ -119,10 +119,9 @@ class PreActivationBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
     def forward(self, x):
-        out = F.relu(self.bn1(x), inplace=True)
+        out = norm_relu(self.bn1, x)
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv1(out)
-        out = self.conv2(F.relu(self.bn2(out), inplace=True))
+        out = self.conv2(norm_relu(self.bn2, self.conv1(out)))
         return out + shortcut
 
 
@@ -140,7 +139,7 @@ class WideResNet(nn.Module):
         he_init(self)
 
     def forward(self, x):
-        x = F.relu(self.bn(self.blocks(self.conv(x))), inplace=True)
+        x = norm_relu(self.bn, self.blocks(self.conv(x)))
         return self.fc(x.mean((2, 3)))
 
 

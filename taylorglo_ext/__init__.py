@@ -51,6 +51,11 @@ def load(backend: str = "auto", device: str = "cpu") -> str:
     return chosen
 
 
+def is_fused(device: str) -> bool:
+    """Whether load() chose the fused operators on this type of device."""
+    return _in_use.get(device) == "fused"
+
+
 def _backend(device: str) -> str:
     return _in_use.get(device) or load("auto", device)
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-SOURCES = {"cpu": ("taylorglo.cpp",), "cuda": ("taylorglo_cuda.cpp", "taylorglo.cu")}
-HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "operator.h")
+SOURCES = {"cpu": ("taylorglo.cpp",),
+           "cuda": ("taylorglo_cuda.cpp", "taylorglo.cu", "norm_relu.cpp", "norm_relu.cu")}
+HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "operator.h", "norm_relu.h", "packed.h")
 CXX_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")  # psabi: a note on vector arguments
 
 _folder = Path(__file__).parent

@@ -16,11 +16,6 @@
 #include "taylorglo_cuda.h"
 
 namespace taylorglo {
-namespace {
-
-Real real(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.scalar_type() == at::kDouble};
-}
 
 int count_processors(int device) {
   static std::mutex mutex;
@@ -30,6 +25,12 @@ int count_processors(int device) {
   if (count == 0)
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
+}
+
+namespace {
+
+Real real(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.scalar_type() == at::kDouble};
 }
 
 // Which of the device's counters a launch uses: they wrap back to 0 by themselves, so no launch has

@@ -46,6 +46,9 @@ struct Problem {
   unsigned counter;
 };
 
+// How many multiprocessors a device has.
+int count_processors(int device);
+
 // How many counters a device has.
 constexpr unsigned kCounters = 1 << 16;
 
