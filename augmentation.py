@@ -22,8 +22,6 @@ class Augmentation:
         words = [name if n is True else f"{name}={n}" for name, n in vars(self).items() if n]
         return " ".join(words) or "none"
 
-    spec = __str__
-
 
 def parse_augmentation(text, size):
     """The Augmentation of a text such as "flip shift=4 cutout=16" or "none", or of an Augmentation.

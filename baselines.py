@@ -15,52 +15,29 @@ PERTURBATION = 1.2  # Sec. 4.1
 RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is Ray Tune's default
 
 
-def independent(config, space, data, workers, run):
-    """Baseline 1 (one network, nothing drawn), or networks with random hyperparameters."""
-    if config.early_stopping:
-        yield from early_stopped(config, workers, run)
-    else:
-        def replace(h, fitness, rng):
-            return np.arange(len(h)), h
-        yield from train_on(config, space, workers, run, replace)
-
-
-def early_stopped(config, workers, run):
-    """Baseline 1 with held-out images. The population is the network as it is now and, before it,
-    as it was at the end of its best generation on them, the earlier one of equals."""
-    population = run.population
-    for g in range(run.generations, config.generations):
-        newest = workers.evaluate([Individual(g, g, {}, parent=g - 1 if g else None)])
-        best = fittest(population + newest)
-        population = ([] if best is newest[0] else [best]) + newest
-        run.record(g, population, [best])
-        yield g, population
-
-
-def pbt(config, space, data, workers, run):
-    """Baseline 2: after each generation, truncation selection, then perturbation of the copies."""
-    def replace(h, fitness, rng):
-        return exploit_and_explore(h, fitness, space, rng)
-    yield from train_on(config, space, workers, run, replace)
-
-
-def train_on(config, space, workers, run, replace):
-    """Every member trains in every generation, from its own weights or those of another, which
-    `replace` names."""
+def train_on(config, space, data, workers, run):
+    """A generator as `epbt.epbt`, in which every member trains on in every generation. Under PBT
+    the worst are replaced first. Early stopping keeps the best generation, the earlier of equals,
+    before the network as it is now."""
     population = run.population
     for g in range(run.generations, config.generations):
         rng = random_stream("evolution", config.seed, g)
+        members = population[-config.population:]
         if g == 0:
             parents, h = [None] * config.population, initialize(space, config.population, rng)
         else:
-            fitness = np.array([-np.inf if m.diverged else m.fitness for m in population])
-            h = as_array(space, [m.hyperparameters for m in population])
-            source, h = replace(h, fitness, rng)
-            parents = [population[i].id for i in source]
-        first, children = g * config.population, zip(as_dicts(space, h), parents, strict=True)
-        population = workers.evaluate([Individual(first + i, g, hyperparameters, parent)
-                                       for i, (hyperparameters, parent) in enumerate(children)])
-        run.record(g, population)
+            parents = [m.id for m in members]
+            h = as_array(space, [m.hyperparameters for m in members])
+        if g > 0 and config.method == "pbt":
+            fitness = np.array([-np.inf if m.diverged else m.fitness for m in members])
+            source, h = exploit_and_explore(h, fitness, space, rng)
+            parents = [parents[i] for i in source]
+        born = zip(as_dicts(space, h), parents, strict=True)
+        newest = workers.evaluate([Individual(g * config.population + i, g, hyperparameters, parent)
+                                   for i, (hyperparameters, parent) in enumerate(born)])
+        kept = [fittest(population + newest)] if config.early_stopping else []
+        population = [m for m in kept if m is not newest[0]] + newest
+        run.record(g, population, kept)
         yield g, population
 
 
@@ -72,7 +49,7 @@ def exploit_and_explore(h, fitness, space, rng):
     quarter = int(n * TRUNCATION)
     order = best_first(fitness, n)
     source, h = np.arange(n), h.copy()
-    if quarter == 0:
+    if not quarter:
         return source, h
     best, worst = order[:quarter], order[n - quarter:]
     if np.isfinite(fitness).any():  # never a diverged one while another lives

@@ -25,6 +25,8 @@ from taylorglo_ext import BackendError
 from training import Trainer
 from workers import ATTEMPTS, keep_freed_memory
 
+SETS = ("train", "validation", "test")
+
 
 class RayPool:
     """A pool for `workers.Workers` whose workers are Ray's."""
@@ -33,15 +35,15 @@ class RayPool:
         """config.workers: at most so many evaluations at once, sharing the GPUs if there are any;
         0: one a core or a GPU. config.ray_address: of a running cluster; empty: a new one."""
         count, address = config.workers, config.ray_address
-        if address:
-            refuse_silent(address)
-        cores = count * config.threads or None
-        own = {} if address else dict(include_dashboard=False, num_cpus=cores)
+        own = dict(include_dashboard=False, num_cpus=count * config.threads or None)
+        path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-            ray.init(address=address or "local", log_to_driver=False,
-                     runtime_env={"env_vars": {"PYTHONPATH": path}}, **own)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            if port.isdigit():  # where nobody listens, Ray itself would try for minutes
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address=address or "local", log_to_driver=False, **({} if address else own),
+                     runtime_env={"env_vars": {"PYTHONPATH": path}})
+        except (OSError, ValueError, RuntimeError) as error:
             raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "
                            f"{message(error)}") from error
         resources = dict(num_cpus=config.threads)
@@ -52,7 +54,11 @@ class RayPool:
             resources |= dict(num_gpus=min(1, gpus / (count or gpus)))
             config = replace(config, device="cuda")
         self.evaluate = ray.remote(max_retries=ATTEMPTS - 1, **resources)(evaluate)
-        self.images, self.count = ray.put(pack(config, data)), count
+        # As NumPy arrays, which are not copied out of Ray's object store.
+        arrays = [(s.images.permute(0, 2, 3, 1).contiguous().numpy(), s.labels.numpy())
+                  for s in (getattr(data, name) for name in SETS)]
+        self.work = ray.put((config, replace(data, **dict.fromkeys(SETS)), arrays))
+        self.count = count
 
     def run(self, tasks):
         """Yields each task's individual as it is done, in no particular order."""
@@ -64,11 +70,18 @@ class RayPool:
             while waiting and (self.count == 0 or len(running) < self.count):
                 task = waiting.popleft()
                 weights = files.get(task.parent), files.get(task.teacher)
-                result = self.evaluate.remote([self.images], task, *weights)
-                running[result] = task
+                running[self.evaluate.remote([self.work], task, *weights)] = task
             (done,), _ = ray.wait(list(running), num_returns=1)
             task = running.pop(done)
-            individual, file = result_of(done, task)
+            try:
+                individual, file = ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                mendable = isinstance(error.cause, ConfigError | RunError | BackendError)
+                raise (error.cause if mendable else error) from None
+            except ray.exceptions.RayError as error:
+                raise RunError(f"individual {task.individual.id} could not be evaluated in "
+                               f"{ATTEMPTS} attempts on the Ray cluster: "
+                               f"{str(error).splitlines()[0]}") from error
             write_atomic(task.path, file)
             yield individual
 
@@ -76,64 +89,29 @@ class RayPool:
         ray.shutdown()
 
 
-def result_of(reference, task):
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ConfigError | RunError | BackendError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        raise RunError(f"individual {task.individual.id} could not be evaluated in {ATTEMPTS} "
-                       f"attempts on the Ray cluster: {str(error).splitlines()[0]}") from error
-
-
-def refuse_silent(address):
-    """Raise RunError where nobody listens at HOST:PORT: Ray itself would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"cannot use the Ray cluster {address}: {reason}") from error
-
-
-kept = ExitStack()  # the settings of this worker process
-trainers = {}  # of this worker process, by its work: Ray keeps the process for the next evaluations
+kept = ExitStack()  # the settings of this process
+trainers = {}  # of this process, which Ray keeps for the next evaluations, by its work
 
 
 def evaluate(work, task, parent, teacher):
-    """In a worker process of Ray: (the evaluated individual, the bytes of its file).
+    """In a process of Ray: (the evaluated individual, the bytes of its file).
 
-    work: the reference of what `pack` made, in a list, so that Ray does not fetch it each time;
+    work: the reference of the config and the data, in a list, or Ray would fetch it each time;
     parent, teacher: bytes or None."""
     if work[0] not in trainers:
         trainers.clear()
         keep_freed_memory()
-        config, data = unpack(ray.get(work[0]))
+        config, data, arrays = ray.get(work[0])
+        sets = [ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
+                for images, labels in arrays]
+        data = replace(data, **dict(zip(SETS, sets, strict=True)))
         kept.enter_context(settings(config))
         trainers[work[0]] = Trainer(config, data.to(config.device))
     with tempfile.TemporaryDirectory() as folder:
-        paths = {"path": Path(folder) / "individual"}
+        paths = {name: Path(folder) / name for name in ("path", "parent", "teacher")}
         for name, content in (("parent", parent), ("teacher", teacher)):
-            paths[name] = content and Path(folder) / name
             if content:
                 paths[name].write_bytes(content)
+            else:
+                paths[name] = None
         return trainers[work[0]].evaluate(replace(task, **paths)), paths["path"].read_bytes()
-
-
-def pack(config, data):
-    """(the config, the data without images, the images as NumPy arrays): these are not copied out
-    of Ray's object store."""
-    sets = {name: getattr(data, name) for name in ("train", "validation", "test")}
-    arrays = {name: (s.images.permute(0, 2, 3, 1).contiguous().numpy(), s.labels.numpy())
-              for name, s in sets.items()}
-    return config, replace(data, **dict.fromkeys(sets)), arrays
-
-
-def unpack(packed):
-    config, data, arrays = packed
-    sets = {name: ImageSet(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels))
-            for name, (images, labels) in arrays.items()}
-    return config, replace(data, **sets)

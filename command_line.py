@@ -20,10 +20,9 @@ def command_line(arguments, description):
     else as in the schedule of --replay, else as for the data set. Raises ConfigError, RunError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     typed = [a for a in arguments if a not in ("-h", "--help")]
-    # What is typed is the same whatever the default.
-    first, other = (parsed(Config(x, preset=y), typed) for x, y in (("", "paper"), ("-", "best")))
+    first = parsed(Config(), typed)
     named = {name: getattr(first, name) for name in ("dataset", "preset")
-             if getattr(first, name) == getattr(other, name)}
+             if any(a.split("=")[0] == f"--{name}" for a in typed)}
     start = replay_config(first.replay) if first.replay else {"dataset": "digits"}
     start, stored = Config(**start | named), {}
     if first.resume and not first.overwrite:

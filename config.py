@@ -128,18 +128,18 @@ class Config:
     plan: bool = False  # Print what the run would cost, and stop
 
     def __init__(self, dataset="custom", **given):
-        values = {f.name: f.default for f in fields(Config)} | DATA_SETS.get(dataset, OWN)
-        values |= PRESETS.get(given.get("preset", values["preset"]), {}) | given
-        values["dataset"] = dataset
+        defaults = {f.name: f.default for f in fields(Config)} | DATA_SETS.get(dataset, OWN)
+        preset = PRESETS.get(given.get("preset", defaults["preset"]), {})
+        values = defaults | preset | given | {"dataset": dataset}
         if values["method"] in ("baseline", "replay"):
             values["population"] = 1  # one network
-        names = Config.__dataclass_fields__
         for name, value in values.items():
-            if name not in names:
-                raise ConfigError(f"Config has no field {name!r}{nearest(name, names)}")
+            if name not in Config.__dataclass_fields__:
+                near = nearest(name, Config.__dataclass_fields__)
+                raise ConfigError(f"Config has no field {name!r}{near}")
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
-    # Whether one network trains alone, and then on the validation images too: Sec. 4.1, Baseline 1.
+    # Sec. 4.1: Baseline 1 is one network, which trains on the validation images too.
     single = property(lambda self: self.method in ("baseline", "replay"))
     trains_on_all = property(lambda self: self.single and not self.early_stopping)
     evolves_theta = property(lambda self: self.method == "epbt" and self.loss == "taylorglo")
@@ -228,7 +228,6 @@ def contradictions(c):
          f"--known-losses must be at most --population ({c.population}), not {c.known_losses}"),
         (c.early_stopping and c.method != "baseline",
          f"--early-stopping is for --method baseline, not {c.method}"),
-        (c.label_noise == 1, "--label-noise must be below 1"),
         ((c.method == "replay") != bool(c.replay), "--method replay and --replay go together"),
         (c.ray_address and c.backend != "ray", "--ray-address needs --backend ray"),
         (c.resume and c.overwrite, "--resume and --overwrite exclude each other"),

@@ -48,7 +48,7 @@ class Data:
     validation: ImageSet
     test: ImageSet
     mean: torch.Tensor  # (C,) float32, of the training images, in units of 0..255
-    std: torch.Tensor  # (C,) float32, likewise
+    std: torch.Tensor  # likewise
     augmentation: Augmentation
     train_clean: torch.Tensor | None = None  # (N,) int64: the labels before label noise
     notes: tuple = ()  # lines of `describe`: what else was done, and what was left out
@@ -59,7 +59,6 @@ class Data:
     width = property(lambda self: self.test.images.shape[3])
 
     def to(self, device):
-        """The same data with every tensor on `device`."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()
                                 if hasattr(value, "to")})
 
@@ -75,14 +74,15 @@ class Data:
         """What was read and what is done to it: lines for the start of a run."""
         sets = self.train, self.validation, self.test
         counts = [s.labels.bincount(minlength=self.num_classes).tolist() for s in sets]
-        classes, rest = list(zip(zip(*counts, strict=True), self.class_names, strict=True)), ""
+        classes, rest = list(zip(*counts, self.class_names, strict=True)), ""
         if len(classes) > 20:
             classes, rest = [min(classes), max(classes)], "; the others lie between"
-        classes = "; ".join(f"{name} {list(n)}" for n, name in classes)
-        return [f"data {plain(self.name)}: {self.num_classes} classes, {self.height}x{self.width} "
-                f"pixels, channels: {self.channels}",
-                f"training, validation and test images: {list(map(len, sets))}; {classes}{rest}",
-                f"at random to each training image: {self.augmentation}", *self.notes]
+        classes = "; ".join(f"{name} {n}" for *n, name in classes)
+        lines = [f"data {self.name}: {self.num_classes} classes, {self.height}x{self.width} "
+                 f"pixels, channels: {self.channels}",
+                 f"training, validation and test images: {list(map(len, sets))}; {classes}{rest}",
+                 f"at random to each training image: {self.augmentation}", *self.notes]
+        return list(map(plain, lines))
 
 
 DATASETS = {"digits": read_digits, "fashion": read_fashion,
@@ -99,20 +99,21 @@ def load_data(name: str, root="", image_size=32, download=False, augmentation="a
     settings: those of `make_data`. Raises DataError."""
     with told(f"--data-root {root}"):
         root = Path(root or os.environ.get("EPBT_DATA") or "data").expanduser()
-    folder = os.path.expanduser(name)
+    folder, usual = os.path.expanduser(name), "none"
     if name in DATASETS:
         train, test, class_names, notes = DATASETS[name](root, download)
     elif os.path.isdir(folder):
         train, test, class_names, notes = read_folder(folder, image_size)
+        usual = "shift"
     else:
         raise DataError(f"no data set or folder is called {name!r}{nearest(name, DATASETS)}; "
                         f"accepted are {', '.join(DATASETS)} and a folder with a subfolder a class")
     if test is None:
         train, test = hold_out(*train)
         notes.append("a fifth of each class is held out for the test")
-    if augmentation == "auto" and name not in DATASETS:
-        augmentation = "shift"
-        notes.append(CAREFUL)
+    if augmentation == "auto":
+        augmentation = usual
+        notes += [CAREFUL] * (usual == "shift")
     return make_data(train, test, name=name, class_names=class_names, notes=notes,
                      augmentation=augmentation, **settings)
 
@@ -125,8 +126,8 @@ def hold_out(images, labels):
 
 
 def in_shares(labels, order, least):
-    """The indices `order` into labels, so arranged that the first n, for every n, have each class
-    in its share after `least` of each; and the last of each class are at the end."""
+    """The indices `order` into labels, rearranged: `least` of each class come first, then any
+    first n have each class in its share. The last of each class are at the end."""
     order = order[np.argsort(labels[order], kind="stable")]
     by_class = labels[order]
     rank = np.arange(len(order)) - np.searchsorted(by_class, by_class)  # within its class
@@ -136,31 +137,26 @@ def in_shares(labels, order, least):
 
 
 def make_data(train, test, *, name="custom", class_names=None, seed=0, validation=0.1, enlarge=1,
-              augmentation="auto", train_on_all=False, limit=0, label_noise=0.0,
+              augmentation="none", train_on_all=False, limit=0, label_noise=0.0,
               label_noise_kind="uniform", notes=()) -> Data:
     """Split, enlarge and measure a data set.
 
     train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style Dataset
         of (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL's.
     class_names: None: those of a Dataset's list `classes`, or else the labels, then 0, 1, ...
-    validation: images of `train` that measure the fitness; below 1, a share of them.
-    enlarge: so many augmented copies are made of each of these (Sec. 4.1); 1 leaves them.
-    augmentation: what `parse_augmentation` takes; "auto" is none.
+    augmentation: what `parse_augmentation` takes. notes: lines that `Data.describe` repeats.
     train_on_all: train on the validation images too, as Baseline 1 does (Sec. 4.1).
-    limit: how many images of `train` are used, validation included; 0 is all.
-    label_noise, label_noise_kind: see `wrong_labels`; the test's labels stay as they are.
-    notes: lines that `Data.describe` repeats.
-    Each class has its share, and an image at least, in training and in validation. All that is
-    random is a function of `seed`. Raises DataError."""
+    The others are as in Config. `limit` includes the validation images; the test's labels stay
+    right. Each class has its share, and an image at least, in training and in validation. All that
+    is random is a function of `seed`. Raises DataError."""
     notes = list(notes)
     listed = [source.classes for source in (train, test)  # as torchvision's data sets have it
               if isinstance(getattr(source, "classes", None), list | tuple)]
     if listed:
         refuse_other_classes(listed[0], listed[-1], "train.classes and test.classes must agree")
     train, test = read_images(train, "training", notes), read_images(test, "test", notes)
-    class_names = check(train, test, class_names or (listed or [None])[0])
-    augmentation = parse_augmentation("none" if augmentation == "auto" else augmentation,
-                                      min(train.images.shape[2:]))
+    class_names = check(train, test, class_names or next(iter(listed), None))
+    augmentation = parse_augmentation(augmentation, min(train.images.shape[2:]))
     # Random streams of the seed that nothing else draws from.
     rngs = [np.random.default_rng((seed, 0xDA7A, i)) for i in range(3)]
     order, n = shuffled(train.labels, limit, validation, rngs[0])
@@ -213,9 +209,8 @@ def shuffled(labels, limit, validation, rng):
         if not low <= value <= high:
             raise DataError(f"--{option} must be {low} to {high}, so that of {n} images each of "
                             f"{classes} classes has one in training and in validation, not {value}")
-    labels = labels.numpy()
-    order = in_shares(labels, rng.permutation(n), least=2)[:limit]
-    return torch.from_numpy(in_shares(labels, order, least=1)), validation
+    order = in_shares(labels.numpy(), rng.permutation(n), least=2)[:limit]
+    return torch.from_numpy(in_shares(labels.numpy(), order, least=1)), validation
 
 
 def wrong_labels(labels, used, share, kind, num_classes, rng):
@@ -241,8 +236,8 @@ def pixel_statistics(images, index):
 
 
 def enlarged(image_set, copies, augmentation, mean, std, rng):
-    """So many copies of every image, each augmented (Sec. 4.1)."""
-    # paper: unspecified (how: as in training, cutout included; the originals are not among them)
+    """Sec. 4.1: so many copies of every image, each augmented. paper: unspecified: how; as in
+    training, cutout included, and without the originals."""
     n, _, height, width = image_set.images.shape
     padded, index, images = image_set.part(shift=augmentation.shift).images, torch.arange(n), []
     for _ in range(copies):
@@ -261,9 +256,10 @@ def read_images(source, part, notes):
         else:
             images, labels, done = read_dataset(source)
             notes.extend(f"{n} {part} {what}" for what, n in done.items())
-        shape, whole = tuple(images.shape), torch.can_cast(labels.dtype, torch.int64)
+        shape = tuple(images.shape)
         channels_last = len(shape) == 4 and shape[3] <= 4 < shape[1]
-        if len(shape) != 4 or labels.shape != shape[:1] or 0 in shape or channels_last or not whole:
+        if (len(shape) != 4 or channels_last or 0 in shape or labels.shape != shape[:1]
+                or not torch.can_cast(labels.dtype, torch.int64)):
             raise DataError(f"the shapes are {shape} and {tuple(labels.shape)}, the labels "
                             f"{labels.dtype}; they must be images (N, channels, height, width) and "
                             "whole numbers (N,)")

@@ -7,6 +7,11 @@ A population of networks trains in parallel while evolution adapts each one's lo
 Algorithm 1: hold the paper beside it.
 """
 
+if __name__ == "__main__":  # first, as the workers' server and this process import PyTorch at once
+    from server import start_early
+
+    start_early()
+
 import gc
 import importlib.util
 import io
@@ -24,7 +29,7 @@ from tqdm.auto import tqdm
 
 import taylorglo_ext
 from augmentation import Augmentation
-from baselines import independent, pbt
+from baselines import train_on
 from command_line import command_line, folder_name
 from config import Config, check
 from data import load_data, make_data
@@ -47,12 +52,13 @@ from models import find_factory, import_name
 from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest
 from replay import checked_schedule, replay
+from server import start_server
 from settings import settings
 from stopwatch import Stopwatch, process_age
 from training import HYPERPARAMETERS
 from trial import tried
 from watch import watched
-from workers import Processes, ThisProcess, Workers, start_server
+from workers import Processes, ThisProcess, Workers
 
 __all__ = ["Config", "evolve"]
 
@@ -110,7 +116,7 @@ def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
 
 NO_FILE = ("worker processes cannot find a function that is in no file, as in a notebook: put it "
            "into one")
-METHODS = dict(epbt=epbt, pbt=pbt, baseline=independent, random=independent, replay=replay)
+METHODS = dict(epbt=epbt, pbt=train_on, baseline=train_on, random=train_on, replay=replay)
 
 
 def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None,
@@ -133,7 +139,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     if fitness is not None:
         config = replace(config, fitness=import_name(fitness, "fitness(logits, labels)"))
     if train is not None:
-        augmentation = (augmentation or Augmentation()).spec()
+        augmentation = str(augmentation or Augmentation())
         config = replace(config, dataset="custom", augmentation=augmentation)
     elif augmentation is not None:
         raise ConfigError("augmentation is for data that are given; else it is in the config")

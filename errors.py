@@ -31,23 +31,24 @@ def nearest(name, names):
 def mistake(declared, value):
     """What a value must be and is not, or None. declared: str, bool, Literal, a tuple, or a number
     as Annotated[int or float, lowest, highest]."""
-    kind, *arguments = get_origin(declared), *get_args(declared)
-    if kind is Literal:
-        return None if value in arguments else (
-            f"one of {', '.join(arguments)}, not {value!r}{nearest(str(value), arguments)}")
-    if kind is tuple:
-        if not isinstance(value, tuple):
-            return f"a tuple of numbers, not {value!r}"
+    kind, *arguments = get_origin(declared) or declared, *get_args(declared)
+    near = ""
+    if kind is tuple and isinstance(value, tuple):
         return next(filter(None, (mistake(arguments[0], x) for x in value)), None)
-    if kind is None:
-        word = {str: "text", bool: "True or False"}[declared]
-        return None if isinstance(value, declared) else f"{word}, not {value!r}"
-    number, low, high = arguments
-    if isinstance(value, (int, number)) and not isinstance(value, bool) and low <= value <= high:
-        return None
-    word = "a whole number" if number is int else "a number"
-    word += " above 0" if low == LEAST else f" from {low} on"
-    return f"{word}{f' and at most {high:.0f}' if high < MOST else ''}, not {value!r}"
+    if kind in (str, bool, tuple):
+        right = isinstance(value, kind)
+        wanted = {str: "text", bool: "True or False", tuple: "a tuple of numbers"}[kind]
+    elif kind is Literal:
+        right, near = value in arguments, nearest(str(value), arguments)
+        wanted = f"one of {', '.join(arguments)}"
+    else:
+        number, low, high = arguments
+        right = isinstance(value, (int, number)) and not isinstance(value, bool)
+        right = right and low <= value <= high
+        wanted = "a whole number" if number is int else "a number"
+        wanted += " above 0" if low == LEAST else f" from {low} on"
+        wanted += f" and at most {high:.0f}" if high < MOST else ""
+    return None if right else f"{wanted}, not {value!r}{near}"
 
 
 class ConfigError(Exception):

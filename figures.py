@@ -1,35 +1,37 @@
-"""Tables 1 and 2 and Figures 2 to 6 of the paper, from run folders alone, at any time during a run.
+"""Tables 1 and 2 and Figures 2 to 6 of the paper, from run folders alone.
 
-    python figures.py RUN ...                       each run's own figures, into its folder
-    python figures.py --out results/NAME RUN ...    the runs compared: README.md with the tables,
-                                                    runs.csv, the pictures, logs.tar.gz
+    python figures.py --out results/NAME RUN ...
+
+writes the tables into README.md, the pictures, runs.csv and logs.tar.gz. report.py draws one run.
 """
 
-import argparse
 import csv
-import io
-import os
-import re
 import subprocess
 import sys
 import textwrap
+from bisect import bisect_left
 from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 import matplotlib.style
 import numpy as np
+import tyro
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from PIL import Image
+from tyro.conf import Positional, UseAppendAction
 
-from records import RunError, ancestry
-from tables import curve, final, group, load_run, noisy, printable, tables, write_logs
+from errors import RunError, plain
+from records import rank
+from tables import Run, curve, final, group, noisy, tables, write_logs
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
 TABLES = "<!-- figures.py writes what follows and leaves what is above -->"
+MACHINE = """echo "Commit: $(git describe --always --dirty). Machine: $(nproc --all) cores, \
+$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)." """
 
 
 def grid(rows, columns, size, title="", **options):
@@ -42,9 +44,8 @@ def grid(rows, columns, size, title="", **options):
 
 def add_legend(figure, drawn, title=None):
     """One legend for all axes, of drawn = {label: artist}, in as many columns as have room."""
-    columns = figure.get_figwidth() / (0.6 + 0.065 * max(map(len, drawn)))  # inches
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=max(1, int(columns)),
-                  title=title)
+    columns = int(figure.get_figwidth() / (0.6 + 0.065 * max(map(len, drawn)))) or 1
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=columns, title=title)
 
 
 def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
@@ -72,19 +73,17 @@ def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
 
 def zoom(lines):
     """A range that shows the later part of all lines but those that end far below the others."""
-    ends = [line[-1] for line in lines]
+    ends, high = [line[-1] for line in lines], max(line.max() for line in lines)
     far_below = max(ends) - 3 * (max(ends) - median(ends))
     low = min(line[int(0.6 * len(line)):].min() for line in lines if line[-1] >= far_below)
-    high = max(line.max() for line in lines)
     margin = 0.1 * (high - low) or 0.5
     return low - margin, high + margin
 
 
 def over_noise(levels, name):
     """A row's shares of wrong labels, and the mean and standard deviation of its accuracy there."""
-    ends = {noise: final(rows.get(name, [])).values() for noise, rows in levels.items()}
-    points = [(100 * noise, np.mean([*x]), np.std([*x], ddof=min(1, len(x) - 1)))
-              for noise, x in ends.items() if x]
+    points = [(100 * noise, np.mean(x), np.std(x, ddof=min(1, len(x) - 1)))
+              for noise, rows in levels.items() if (x := [*final(rows.get(name, [])).values()])]
     return list(zip(*points, strict=True))
 
 
@@ -112,7 +111,7 @@ def figure_losses(runs, title):
     y = np.linspace(0.01, 1, 100)
     panels = [*axes.flat]
     for ax, run in zip(panels, runs, strict=False):
-        for ancestor in ancestry(run.log):
+        for ancestor in run.ancestry:
             loss = binary_loss(ancestor["applied"]["theta"], y)
             age = (ancestor["generation"] + 1) * run.config["epochs"]
             ax.plot(y, loss - loss[-1], marker="", color=colours(norm(age)))
@@ -140,24 +139,24 @@ def applied(run, name):
 def figure_schedule(runs, title):
     """Figure 6: learning rate and momentum of the best individual of each generation, on a linear
     and on a logarithmic scale, and below them what else varies; a column a run."""
-    others = [name for name in ("weight_decay", "cutout", "alpha")
-              if any(np.ptp(applied(run, name)) for run in runs)]
-    names = [["learning_rate", "momentum"]] * 2 + [[name] for name in others]
-    figure, axes = grid(len(names), len(runs), (2.4, 1.7), title, sharex=True, sharey="row")
-    legend = {}
+    both = ("learning_rate", "momentum")
+    panels = {"value": both, "log scale": both} | {
+        name.replace("_", " "): (name,) for name in ("weight_decay", "cutout", "alpha")
+        if any(np.ptp(applied(run, name)) for run in runs)}
+    figure, axes = grid(len(panels), len(runs), (2.4, 1.7), title, sharex=True, sharey="row")
     for column, run in zip(axes.T, runs, strict=True):
         column[0].set_title(f"seed {run.seed}")
         column[1].set_yscale("log")
         column[1].yaxis.set_major_formatter("{x:g}")
         column[1].yaxis.set_minor_formatter(NullFormatter())
         column[-1].set_xlabel("epoch")
-        for ax, drawn in zip(column, names, strict=True):
-            for i, name in enumerate(drawn):
-                line = ax.stairs(applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
-                if name not in others:
-                    legend[name.replace("_", " ")] = line
-    for ax, name in zip(axes[:, 0], ("value", "log scale", *others), strict=True):
-        ax.set_ylabel(name.replace("_", " "))
+        for ax, names in zip(column, panels.values(), strict=True):
+            lines = [ax.stairs(applied(run, name), baseline=None, color=f"C{i}", linewidth=1.4)
+                     for i, name in enumerate(names)]
+            if names == both:
+                legend = dict(zip(("learning rate", "momentum"), lines, strict=True))
+    for ax, name in zip(axes[:, 0], panels, strict=True):
+        ax.set_ylabel(name)
     add_legend(figure, legend)
     return figure
 
@@ -165,11 +164,41 @@ def figure_schedule(runs, title):
 def evolved_figures(runs, title):
     """Figures 5 and 6 of what is evolved; none of old logs, which lack what training applied."""
     best, figures = runs[0].best[-1], {}
-    if best.get("applied") and any(name[:5] != "theta" for name in best["hyperparameters"]):
-        figures["schedule"] = figure_schedule(runs, title)
-    if best.get("applied") and best["applied"]["theta"]:
-        figures["losses"] = figure_losses(runs, title)
+    if best.get("applied"):
+        if any(name[:5] != "theta" for name in best["hyperparameters"]):
+            figures["schedule"] = figure_schedule(runs, title)
+        if best["applied"]["theta"]:
+            figures["losses"] = figure_losses(runs, title)
     return figures
+
+
+def figure_lineage(run):
+    """Generations in columns, individuals by fitness, lines to parents. A dot's id says more."""
+    fitness = sorted(m["fitness"] for line in run.log for m in line["population"])
+    widest = max(len(line["population"]) for line in run.log)
+    figure, ((ax,),) = grid(1, 1, (0.33 * len(run.log), 0.16 * widest + 0.4))
+    before, winner = {}, []
+    for g, line in enumerate(run.log):
+        ranked = sorted(line["population"], key=rank, reverse=True)
+        places = {m["id"]: (g, row) for row, m in enumerate(ranked)}
+        for m in ranked:
+            at, elite = places[m["id"]], m["generation"] < g
+            if origin := before.get(m["id"] if elite else m["parent"]):
+                ax.plot(*zip(origin, at, strict=True), "--" if elite else "-", marker="",
+                        color="grey", linewidth=0.5)
+            place = bisect_left(fitness, m["fitness"]) / len(fitness)  # the first are far below
+            colour = "white" if m["diverged"] else matplotlib.colormaps["viridis"](place)
+            ax.plot(*at, "o", color=colour, markersize=6, mec="grey", mew=0.5, zorder=3,
+                    gid=f"individual {m['id']} of generation {m['generation']}: fitness "
+                        f"{m['fitness']:.2%}, test accuracy {m['test_accuracy']:.2%}")
+        alive = [a["id"] for a in run.ancestry if a["generation"] <= g]
+        winner += [places[id] for id in alive[-1:]]  # none, while everyone has diverged
+        before = places
+    ax.plot(*zip(*winner, strict=True), marker="", color="C2", linewidth=2.5, gid="ancestry")
+    ax.set(xlabel="generation", ylim=(widest - 0.3, -0.7), yticks=[])
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    ax.grid(False)
+    return figure
 
 
 def compared_figures(problems):
@@ -199,11 +228,10 @@ def row_figures(problems):
     for problem, levels in problems.items():
         noise, rows = list(levels.items())[-1]
         for row, runs in rows.items():
-            found = evolved_figures(runs, f"{row}: {problem}{noisy(noise)}")
-            for kind, figure in found.items() if runs[0].config["method"] != "replay" else ():
-                name = f"{kind} {row}" + f" {problem}" * (len(problems) > 1)
-                name = re.sub(r"[^\w.]+", "-", name.lower()).encode()[:200].decode(errors="ignore")
-                figures[name if name not in figures else f"{name}-{len(figures)}"] = figure
+            if runs[0].config["method"] != "replay":
+                found = evolved_figures(runs, f"{row}: {problem}{noisy(noise)}")
+                more = f"-{problem.replace('/', '-')}" * (len(problems) > 1)
+                figures |= {f"{kind}-{row}{more}": figure for kind, figure in found.items()}
     return figures
 
 
@@ -213,78 +241,71 @@ def save(figures, folder, svg=True):
     for name, figure in figures.items():
         if svg:
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        image = io.BytesIO()
-        figure.savefig(image, format="png")
+        figure.savefig(path := folder / f"{name}.png")
         # 256 colours: a third of the bytes, and no difference that is seen.
-        Image.open(image).convert("RGB").quantize().save(folder / f"{name}.png", optimize=True)
+        Image.open(path).convert("RGB").quantize().save(path, optimize=True)
 
 
+@matplotlib.style.context(STYLE)
 def draw_run(run):
-    """Draw curves, and Figures 5 and 6, of a run into its folder. Returns their names."""
+    """Draw curves, lineage, and Figures 5 and 6, of a run into its folder. Returns their names."""
     fitness = "best fitness" + f" ({run.metric})" * (run.metric != "accuracy")
-    lines = {fitness: [best["fitness"] for best in run.best],
-             "test accuracy of the fittest": [best["test_accuracy"] for best in run.best],
-             "wrong labels that it reproduces": [best.get("memorised") for best in run.best]}
+    lines = {name: curve([run], key) for name, key in (
+        (fitness, "fitness"), ("test accuracy of the fittest", "test_accuracy"),
+        ("wrong labels that it reproduces", "memorised"))}
     if len(run.log[0]["population"]) > 1:
-        lines["median fitness"] = [median(m["fitness"] for m in line["population"])
-                                   for line in run.log]
-    lines = {name: (run.epochs, 100 * np.array(y)) for name, y in lines.items() if None not in y}
-    with matplotlib.style.context(STYLE):
-        figures = {"curves": figure_lines({str(run): lines}, "epochs of training", "%"),
-                   **evolved_figures([run], str(run))}
-        save(figures, run.folder)
+        middle = [100 * median(m["fitness"] for m in line["population"]) for line in run.log]
+        lines["median fitness"] = run.epochs, np.array(middle), None
+    figures = {"curves": figure_lines({str(run): lines}, "epochs of training", "%")}
+    if "median fitness" in lines:
+        figures["lineage"] = figure_lineage(run)
+    figures |= evolved_figures([run], str(run))
+    save(figures, run.folder)
     return list(figures)
 
 
-def compare(folders, out, references=(), command=None):
-    """Write a results folder of several runs; returns the tables. Raises RunError."""
-    runs, out = [load_run(folder) for folder in dict.fromkeys(folders)], Path(out)
+@matplotlib.style.context(STYLE)
+def compare(folders: Positional[tuple[Path, ...]], out: Path,
+            reference: UseAppendAction[tuple[str, ...]] = (), command: str = ""):
+    """Write a results folder of several runs; returns the tables. Raises RunError.
+
+    Args:
+        folders: of the runs; those that are not finished are left out.
+        out: the folder to write.
+        reference: a row to test the others against, again for more; the first if none is given.
+        command: what README.md says that the runs were made by."""
+    runs = [Run(folder) for folder in dict.fromkeys(folders)]
+    late = [f"{run} ({run.epochs[-1]} of {run.total_epochs} epochs)" for run in runs
+            if not run.finished]
+    if not (runs := [run for run in runs if run.finished]):
+        raise RunError(f"no run is finished: {', '.join(late) or 'none was named'}")
     problems = group(runs)
-    text = tables(problems, references)
-    with matplotlib.style.context(STYLE):
-        figures = compared_figures(problems)
-        save(figures | row_figures(problems), out, svg=False)
+    text = tables(problems, reference)
+    if late:
+        text += f"\nNot finished, so not in tables and pictures: {', '.join(late)}.\n"
+    figures = compared_figures(problems)
+    save(figures | row_figures(problems), out, svg=False)
     with open(out / "runs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, runs[0].numbers(), lineterminator="\n")
+        writer = csv.DictWriter(file, runs[0].numbers, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(run.numbers() for run in runs)
+        writer.writerows(run.numbers for run in runs)
     write_logs(out / "logs.tar.gz", runs)
     readme = out / "README.md"
-    head = f"# {printable(out.name)}\n\n{made_by(command or f'python figures.py --out {out}')}\n\n"
     if readme.exists():
         head = readme.read_text(encoding="utf-8").split(TABLES)[0]
+    else:  # where there is no git, it leaves that out
+        where = subprocess.run(MACHINE, shell=True, capture_output=True, text=True,
+                               cwd=STYLE.parent).stdout
+        command = plain(command or f"python figures.py --out {out}")
+        head = f"# {plain(out.name)}\n\nCommand: `{command}`. {where}\n"
     pictures = "".join(f"\n![{name}]({name}.png)\n" for name in figures)
     readme.write_text(f"{head}{TABLES}\n\n{text}{pictures}", encoding="utf-8")
     return text
 
 
-def made_by(command):
-    """The command, the commit and the machine, for the beginning of a README."""
-    lines = ("git describe --always --dirty",
-             "sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1")
-    commit, machine = (subprocess.run(  # by a shell, which goes on where there is no git
-        line, shell=True, capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip() or "unknown" for line in lines)
-    return (f"Command: `{printable(command)}`. Commit: {commit}. Machine: {os.cpu_count()} cores, "
-            f"{machine}.")
-
-
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run")
-    parser.add_argument("--out", help="compare the runs, into this folder")
-    parser.add_argument("--reference", action="append", default=[], metavar="ROW",
-                        help="a row to test the others against, again for more; default the first")
-    parser.add_argument("--command", help="what README.md says that the runs were made by")
-    options = parser.parse_args(arguments)
     try:
-        if options.out:
-            print(compare(options.runs, options.out, options.reference, options.command))
-        else:
-            for folder in options.runs:
-                names = draw_run(load_run(folder))
-                print(f"{printable(folder)}: {', '.join(names)}, each as .png and .svg")
+        print(tyro.cli(compare, args=arguments, description=__doc__))
     except (RunError, OSError) as error:
         print(f"figures.py: {error}", file=sys.stderr)
         sys.exit(2)

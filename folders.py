@@ -3,7 +3,7 @@ kind. All that is there is read, told as left out, or refused with its number an
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from errors import DataError, message, plain, told
+from errors import DataError, message, told
 
 ACCEPTED = ("accepted are FOLDER/<class>/<image>, or a FOLDER/train and a FOLDER/test of that kind "
             "and no other; validation images are taken from the training images")
@@ -25,17 +25,17 @@ DEEP = r";16[BLN]|SGI16|'ppm.*, (25[6-9]|2[6-9]\d|[3-9]\d\d|\d{4,})\)"  # in Pil
 def read_folder(folder, size):
     """(images, labels) to train on, the same for the test or None, the names of the classes, and
     lines that say what was done and left out. Images become size x size. Raises DataError."""
-    intake = Intake(folder)
+    intake, tested = Intake(folder), None
     train, test = intake.layout(folder)
     lines = [f"images are resized to {size}x{size} pixels in RGB"]
     *pair, names = read_image_folder(train, size, intake)
-    if test is not None:
-        lines.append(plain(f"{train} is trained on, {test} is the test"))
+    if test:
+        lines.append(f"{train} is trained on, {test} is the test")
         *tested, test_names = read_image_folder(test, size, intake)
         refuse_other_classes(names, test_names, f"{train} and {test} must have the same classes")
-    lines += [f"{len(paths)} {what}, first {plain(min(paths))}"
-              for what, paths in intake.notes.items()]
-    return pair, test and tested, names, lines
+    notes = sorted(intake.notes.items())
+    lines += [f"{len(paths)} {what}, first {min(paths)}" for what, paths in notes]
+    return pair, tested, names, lines
 
 
 def refuse_other_classes(train, test, demand):
@@ -49,21 +49,21 @@ def read_image_folder(folder, size, intake=None):
     """Images (N, 3, size, size) uint8, labels (N,) int64 and the names of the classes."""
     intake = intake or Intake(folder)
     entries = list(intake.entries(folder))
-    if beside := [e.name for e in entries if not e.is_dir()]:
-        raise DataError(f"{folder} has {len(beside)} files beside the folders of the classes, "
-                        f"first {beside[0]}; {ACCEPTED}")
-    found = {e.name: list(intake.files(e.path, e.path)) for e in entries}
-    if empty := [name for name, paths in found.items() if not paths]:
-        raise DataError(f"{folder} has {len(empty)} classes without an image, first {empty[0]}; "
-                        f"{ACCEPTED}")
+    beside = [e.name for e in entries if not e.is_dir()]
+    found = {e.name: list(intake.files(e.path, e.path)) for e in entries if e.is_dir()}
+    empty = [name for name, paths in found.items() if not paths]
+    for names, what in ((beside, "files beside the folders of the classes"),
+                        (empty, "classes without an image")):
+        if names:
+            raise DataError(f"{folder} has {len(names)} {what}, first {names[0]}; {ACCEPTED}")
     if len(found) < 2:
         raise DataError(f"{folder} has {len(found)} classes, where two are the least; {ACCEPTED}")
     labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
-    return intake.decode(sum(found.values(), []), size), labels, tuple(map(plain, found))
+    return intake.decode(sum(found.values(), []), size), labels, tuple(found)
 
 
 def split_of(name):
-    """The key of SPLITS whose names a name is like, with any affixes and in any case, or None."""
+    """The key of SPLITS that a folder's name suggests, with any affixes, in any case; or None."""
     words = " ".join(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()))
     kinds = [kind for kind, pattern in SPLITS.items() if re.search(pattern, words)]
     return kinds[0] if len(kinds) == 1 else "other" if kinds else None
@@ -97,16 +97,16 @@ class Intake:
             kinds[e.name], inner = split_of(e.name), list(self.entries(e.path))
             if inner and all(i.is_dir() for i in inner):
                 nested[e.name] = [i.name for i in inner]
-        splits = [name for name, kind in kinds.items() if kind]
-        are_splits = len(splits) > 1 or set(splits) & set(nested)
-        if are_splits and Counter(kinds.values()) == {"train": 1, "test": 1}:
+        splits, within = [name for name in kinds if kinds[name]], sum(nested.values(), [])
+        are_splits = len(splits) > 1 or any(name in nested for name in splits)
+        if are_splits and sorted(map(str, kinds.values())) == ["test", "train"]:
             if beside := {e.path for e in entries if not e.is_dir()}:
                 self.notes["files beside the folders left out"] = beside
-            return [os.path.join(folder, name) for name in sorted(kinds, key=kinds.get)[::-1]]
-        if are_splits or len(set(sum(nested.values(), []))) < len(sum(nested.values(), [])):
-            raise DataError(f"{folder} has the subfolders {', '.join(kinds)}: "
-                            f"{', '.join(splits or nested)} look like parts of a data set, not "
-                            f"like classes; {ACCEPTED}")
+            test, train = (os.path.join(folder, name) for name in sorted(kinds, key=kinds.get))
+            return train, test
+        if are_splits or len(set(within)) < len(within):  # or they have subfolders of equal names
+            raise DataError(f"{folder} has the subfolders {', '.join(splits or nested)}, which "
+                            f"look like parts of a data set, not like classes; {ACCEPTED}")
         return folder, None
 
     def files(self, path, owner):
@@ -127,22 +127,20 @@ class Intake:
 
     def decode(self, paths, size):
         """The images (N, 3, size, size) uint8 at the paths."""
-        def decode(path):
-            try:
-                with Image.open(path) as image:
-                    image, done = prepared(image)
-                return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR), done
-            except Exception as error:  # Pillow's decoders raise errors of many kinds
-                refused.append(f"{path} ({message(error)})")
-                return 0, ()
-
         images, refused = np.empty((len(paths), size, size, 3), dtype=np.uint8), []
-        with ThreadPoolExecutor() as pool:
-            results = progress(pool.map(decode, paths), len(paths), "images")
-            for i, (image, done) in enumerate(results):
-                images[i] = image
+
+        def decode(i):
+            try:
+                with Image.open(paths[i]) as image:
+                    image, done = prepared(image)
+                images[i] = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
                 for what in done:
                     self.notes[what].add(paths[i])
+            except Exception as error:  # Pillow's decoders raise errors of many kinds
+                refused.append(f"{paths[i]} ({message(error)})")
+
+        with ThreadPoolExecutor() as pool:
+            list(progress(pool.map(decode, range(len(paths))), len(paths), "images"))
         if refused:
             raise DataError(f"cannot read {len(refused)} of {len(paths)} images, first "
                             f"{min(refused)}; accepted is what Pillow reads, of 8 bits a channel")

@@ -62,6 +62,50 @@ class ResNet(nn.Module):
         return self.fc(self.blocks(x).mean((2, 3)))
 
 
+class FoldedResNet:
+    """A ResNet in evaluation mode, for a teacher: each batch normalisation is folded into its
+    convolution, and on a GPU this convolution, its bias, the shortcut and ReLU are one kernel."""
+
+    def __init__(self, resnet, dtype):
+        """dtype: of the arithmetic."""
+        self.resnet, self.dtype = resnet, dtype
+        self.layers = [(resnet.conv, resnet.bn)]
+        for block in resnet.blocks:
+            self.layers += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        self.convolutions = [(torch.empty_like(conv.weight, dtype=dtype),
+                              torch.empty_like(bn.bias, dtype=dtype)) for conv, bn in self.layers]
+        self.fc = [torch.empty_like(p, dtype=dtype) for p in resnet.fc.parameters()]
+        self.fold()
+
+    @torch.no_grad()
+    def fold(self):
+        """Take the weights that the ResNet has now."""
+        for (conv, bn), (weight, bias) in zip(self.layers, self.convolutions, strict=True):
+            scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+            weight.copy_(conv.weight * scale[:, None, None, None])
+            bias.copy_(bn.bias - bn.running_mean * scale)
+        torch._foreach_copy_(self.fc, list(self.resnet.fc.parameters()))
+
+    def __call__(self, x):
+        first, *rest = self.convolutions
+        x = convolution_relu(x.to(self.dtype), *first)
+        for block, one, two in zip(self.resnet.blocks, rest[::2], rest[1::2], strict=True):
+            out = convolution_relu(x, *one, block.stride)
+            x = convolution_relu(out, *two, shortcut=block.shortcut(x))
+        return F.linear(x.mean((2, 3)), *self.fc)
+
+
+def convolution_relu(x, weight, bias, stride=1, shortcut=None):
+    """ReLU of a 3x3 convolution, its bias and a shortcut."""
+    if not x.is_cuda:
+        out = F.conv2d(x, weight, bias, stride, padding=1)
+        return F.relu(out if shortcut is None else out + shortcut)
+    shape = [stride, stride], [1, 1], [1, 1], 1  # stride, padding, dilation, groups
+    if shortcut is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *shape)
+    return torch.cudnn_convolution_add_relu(x, weight, shortcut, 1.0, bias, *shape)
+
+
 class PreActivationBlock(nn.Module):
     """Batch normalisation and ReLU before each 3x3 convolution; a 1x1 shortcut to a new shape."""
 

@@ -12,9 +12,10 @@ import torch
 from data import Data
 from errors import message
 from models import make_model
+from network import Network, load_tensors, model_tensors
 from records import fittest, load_individual, write_atomic
 from replay import SCHEDULE, schedule
-from training import Network, all_metrics, load_tensors, model_tensors
+from training import all_metrics
 
 
 @dataclass

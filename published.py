@@ -4,7 +4,6 @@
 import gzip
 import hashlib
 import importlib.util
-import os
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +41,8 @@ def read_fashion(root, download):
     folders = (root / "FashionMNIST" / "raw", root, DEBIAN_FASHION)
 
     def find(name):
-        places = [folder / file for folder in folders for file in (name, f"{name}.gz")]
-        return next(filter(os.path.isfile, places), None)
+        places = (folder / file for folder in folders for file in (name, f"{name}.gz"))
+        return next(filter(Path.is_file, places), None)
 
     with published("Fashion-MNIST", "install Debian's package dataset-fashion-mnist, or put the "
                    f"*-ubyte.gz of https://github.com/zalandoresearch/fashion-mnist into {root}"):
@@ -51,7 +50,7 @@ def read_fashion(root, download):
             from torchvision.datasets import FashionMNIST  # here, since its import takes a second
 
             FashionMNIST(root, download=True)
-        if missing := [name for name in FASHION if find(name) is None]:
+        if missing := [name for name in FASHION if not find(name)]:
             raise DataError(f"{', '.join(missing)}, with or without .gz, missing in each of "
                             f"{', '.join(map(str, folders))}")
         parts = [read_idx(find(name), md5) for name, md5 in FASHION.items()]
@@ -75,7 +74,7 @@ def read_idx(path, md5):
         if hashlib.md5(content).hexdigest() != md5:
             raise DataError("wrong checksum: it is damaged, or of another data set with the same "
                             "names, such as MNIST; delete it")
-    shape, header = ((-1, 1, 28, 28), 16) if content[3] == 3 else (-1, 8)
+    shape, header = ((-1, 1, 28, 28), 16) if "images" in path.name else (-1, 8)
     return np.frombuffer(bytearray(content), np.uint8, offset=header).reshape(shape)
 
 

@@ -2,8 +2,7 @@
 
     config.json    what is run
     log.jsonl      one line a generation with every individual; the line closes the generation
-    individuals/   ID.safetensors: record, behaviour and state of one, written once, when it is
-                   trained; those of the last two generations are kept
+    individuals/   ID.safetensors: record, behaviour and state of each of the last two generations
     timing.jsonl   one line a generation: its seconds
 
 The caller adds best.pt, schedule.json, the figures and at last summary.json. What a run reads back
@@ -26,15 +25,16 @@ import numpy as np
 from errors import RunError
 
 FOR_PEOPLE = ("log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.json",
-              "report.html", "tensorboard/*", "curves.png", "curves.svg", "losses.png",
-              "losses.svg", "schedule.png", "schedule.svg")
+              "report.html", "tensorboard/*",
+              *(f"{name}.{kind}" for name in ("curves", "lineage", "losses", "schedule")
+                for kind in ("png", "svg")))
 MARK, DIGITS = b"sha256:", 64  # the checksum follows the first mark
 BEHAVIOUR = "individual/correct"  # a tensor beside those of the state
 TRAINED = "individuals/" + 6 * "[0-9]" + "*.safetensors"
 
 
 class DamagedFile(RunError):
-    """A file whose bytes are not those that were written."""
+    """The bytes are not those that were written."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Individual:
 
 
 def rank(m):
-    """Sort key of individuals or log records: not diverged, fitness, age; never test accuracy."""
+    """Sort key of individuals or their records: not diverged, fitness, age; no test accuracy."""
     m = m if isinstance(m, dict) else vars(m)
     return not m["diverged"], m["fitness"], -m["id"]
 
@@ -90,7 +90,6 @@ def finite_or_none(x):
 
 @contextmanager
 def one_line(action):
-    """Turn an OSError into a RunError."""
     try:
         yield
     except OSError as error:
@@ -98,8 +97,7 @@ def one_line(action):
 
 
 def write_atomic(path, data):
-    """Write all of data (bytes) or nothing."""
-    path = Path(path)
+    """Write all of data (bytes) or nothing. Raises RunError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with one_line(f"write {path}"):
         _write(temporary, "wb", data)
@@ -116,6 +114,11 @@ def _write(path, mode, data):
         os.fsync(file.fileno())
 
 
+def _read(path):
+    with one_line(f"read {path}"):
+        return path.read_bytes()
+
+
 def _stamped(data):
     """The same bytes with their checksum after the mark; others if they have no mark."""
     before, mark, after = data.partition(MARK)
@@ -130,7 +133,7 @@ def sealed(content, indent=None):
 
 
 def unsealed(data, name):
-    """The dict that `sealed` wrote, or one that has no checksum. Raises DamagedFile."""
+    """The dict that `sealed` wrote, or one of before checksums. Raises DamagedFile."""
     try:
         if (b'"checksum"' in data or MARK in data) and _stamped(data) != data:
             raise ValueError("its checksum does not match")
@@ -142,20 +145,16 @@ def unsealed(data, name):
 
 
 def save_individual(path, individual, state):
-    """Write an evaluated individual and its state, CPU tensors by name. Raises RunError."""
+    """Write an evaluated individual and its state: contiguous CPU tensors by name, none of which
+    share memory. Raises RunError."""
     import torch  # here, since the figures do without it
     from safetensors.torch import save
 
-    # Each tensor is copied, as safetensors takes no two that share memory.
-    tensors = {name: (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).detach()
-               .clone(memory_format=torch.contiguous_format) for name, t in state.items()}
+    turned = [name for name, t in state.items() if t.is_complex()]
+    tensors = state | {name: torch.view_as_real(state[name]) for name in turned}
     tensors[BEHAVIOUR] = torch.tensor(individual.correct)
-    about = {"record": individual.record(), "complex": [n for n in state if state[n].is_complex()]}
-    try:
-        data = save(tensors, {"individual": sealed(about).decode()})
-    except KeyError as error:
-        raise RunError(f"cannot write {path}: safetensors has no type for {error}") from error
-    write_atomic(path, _stamped(data))
+    about = sealed({"record": individual.record(), "complex": turned}).decode()
+    write_atomic(path, _stamped(save(tensors, {"individual": about})))
 
 
 def load_individual(path):
@@ -181,22 +180,21 @@ class RunFolder:
     """The folder of one run, held by one process at a time. Opening it makes the folder and its
     lock, and changes nothing else before `begin`.
 
-    generations: how many are closed; population: as the last of them left it, or []."""
+    log: the closed generations; population: as the last of them left it, or []."""
 
     def __init__(self, path, config, resume=False, overwrite=False):
-        """config: a dict for JSON with all that determines the result. Raises RunError."""
+        """config: a dict with all that determines the result. Raises RunError."""
         self.path, self.config = Path(path), json.loads(json.dumps(config))
-        self.individuals = self.path / "individuals"
-        self.fresh, self.began = overwrite or not resume, False
+        self.individuals, self.fresh = self.path / "individuals", overwrite or not resume
         self.log, self.population = [], []
         if not self.fresh:
-            refuse_differences(read_config(path), self.config, path)
-        elif not overwrite and begun(path):
-            raise RunError(f"{path} already holds a run: continue it with --resume, or start it "
-                           "over with --overwrite")
-        elif not overwrite and (foreign := self._files(*FOR_PEOPLE)):
-            raise RunError(f"{path} holds {foreign[0].name}, and no run: choose another --out, or "
-                           "have it replaced with --overwrite")
+            old, new = read_config(path), self.config
+            if changed := [f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
+                           for name in differing(old, new)]:
+                raise RunError(f"{path} holds a run with another config: {', '.join(changed)}")
+        elif not overwrite and (found := self._files("config.json", *FOR_PEOPLE)):
+            raise RunError(f"{path} already holds a run, or at least {found[0].name}: continue it "
+                           "with --resume, replace it with --overwrite, or choose another --out")
         with one_line(f"write to {path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "w")
@@ -211,22 +209,21 @@ class RunFolder:
             raise
 
     def _restore(self):
-        """Read log and population. If the last generation is damaged, go back to the one before, so
-        that it is evaluated again from its parents."""
-        lines = _lines(self.path, "log.jsonl")
-        try:
-            self._read(lines)
-        except DamagedFile as error:
+        """Read log and population; without the last generation if that is damaged, so that it is
+        evaluated again from its parents."""
+        errors = []
+        for end in (None, -1):
             try:
-                self._read(lines[:-1])
-            except DamagedFile as other:
-                both = dict.fromkeys((str(error), str(other)))
-                raise RunError(f"{self.path} cannot be resumed: {'; '.join(both)}") from error
-            print(f"{error}; going back to the end of generation {len(self.log)}", file=sys.stderr)
-
-    def _read(self, lines):
-        self.log = _unsealed_lines(self.path, lines)
-        self.population = [self._load(m) for line in self.log[-1:] for m in line["population"]]
+                self.log = read_log(self.path, end)
+                self.population = [self._load(m) for g in self.log[-1:] for m in g["population"]]
+                break
+            except DamagedFile as error:
+                errors.append(str(error))
+        else:
+            raise RunError(f"{self.path} cannot be resumed: {'; '.join(dict.fromkeys(errors))}")
+        if errors:
+            print(f"{errors[0]}; going back to the end of generation {len(self.log)}",
+                  file=sys.stderr)
 
     def _load(self, member):
         path = self.individual_path(member["id"])
@@ -235,36 +232,28 @@ class RunFolder:
             raise DamagedFile(f"{path} is not the individual that the log has")
         return individual
 
-    @property
-    def generations(self):
-        return len(self.log)
+    generations = property(lambda self: len(self.log))
 
     @property
     def finished(self):
-        """Whether nothing is left to write: the config's generations are closed and summary.json,
-        the last file of a run, is there."""
+        """Whether all generations are closed and summary.json, the last file of a run, is there."""
         closed = self.generations == self.config.get("generations")
         return closed and (self.path / "summary.json").exists()
 
     def begin(self):
-        """Clear the run that this one replaces, or what an interruption left of this one. Call it
-        unless `finished`, when nothing can keep the run from starting; `recall` does so too."""
-        if self.began:
-            return
+        """Clear the run that this one replaces, or what an interruption left of this one. To be
+        called once, when nothing can keep the run from starting, and not if it is `finished`."""
         with one_line(f"write to {self.path}"):
             self.individuals.mkdir(exist_ok=True)
-            old = self._files(".*.tmp", "individuals/.*.tmp")
-            if self.fresh:  # until config.json is replaced, the rest can go on as the old run
-                old += self._files(*(FOR_PEOPLE if begun(self.path) else ()), TRAINED)
-            elif not self.finished:
-                old += self._files("summary.json")
-            for path in old:
-                path.unlink()
+            # Until config.json is replaced, what is left of an old run can go on as the old run.
+            for path in self._files(".*.tmp", "individuals/.*.tmp", "summary.json",
+                                    *((*FOR_PEOPLE, TRAINED) if self.fresh else ())):
+                path.unlink(missing_ok=True)
         if self.fresh:
             write_atomic(self.path / "config.json", sealed(self.config, indent=2))
         for name in ("log.jsonl", "timing.jsonl"):
             write_atomic(self.path / name, b"".join(_lines(self.path, name)[:self.generations]))
-        self.began, self.clock = True, time.perf_counter()
+        self.clock = time.perf_counter()
 
     def close(self):
         self.lock.close()  # for the next run of this process
@@ -277,7 +266,6 @@ class RunFolder:
 
     def recall(self, individual):
         """The same individual as an interrupted run already evaluated it, or None."""
-        self.begin()
         path = self.individual_path(individual.id)
         try:
             found = load_individual(path)[0] if path.exists() else None
@@ -288,7 +276,6 @@ class RunFolder:
 
     def record(self, generation, population, elites=()):
         """Close a generation, and delete the individuals that are in neither of the last two."""
-        self.begin()
         elites = {individual.id for individual in elites}
         members = [{**m.record(), "elite": m.id in elites} for m in population]
         line, now = {"generation": generation, "population": members}, time.perf_counter()
@@ -304,16 +291,15 @@ class RunFolder:
                     path.unlink()
 
     def evaluated(self):
-        """How many individuals the closed generations have trained. Ids count from 0."""
+        """How many individuals the closed generations have trained: their ids count from 0."""
         return 1 + max((individual.id for individual in self.population), default=-1)
 
     def read_log(self):
-        """The closed generations: the lines of the log as dicts."""
         return self.log
 
 
 def begun(path):
-    """Whether a folder holds a run, if only its log."""
+    """Whether a folder holds a run."""
     return (Path(path) / "config.json").exists()
 
 
@@ -321,31 +307,22 @@ def read_config(path):
     """The config of the run in a folder. Raises RunError."""
     if not begun(path):
         raise RunError(f"{path} holds no run")
-    file = Path(path) / "config.json"
-    with one_line(f"read {file}"):
-        return unsealed(file.read_bytes(), file)
+    return unsealed(_read(file := Path(path) / "config.json"), file)
 
 
-def read_log(path):
+def read_log(path, end=None):
     """The closed generations of a run: the lines of its log as dicts. Raises RunError."""
-    return _unsealed_lines(path, _lines(path, "log.jsonl"))
-
-
-def _unsealed_lines(path, lines):
-    return [unsealed(line, f"line {i} of {path}/log.jsonl") for i, line in enumerate(lines, 1)]
+    return [unsealed(line, f"line {i} of {path}/log.jsonl")
+            for i, line in enumerate(_lines(path, "log.jsonl")[:end], 1)]
 
 
 def _lines(path, name):
     """The whole lines in a file of a run. An interruption can leave half a line after them."""
     file = Path(path) / name
-    with one_line(f"read {file}"):
-        data = file.read_bytes() if file.exists() else b""
+    data = _read(file) if file.exists() else b""
     return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 
-def refuse_differences(old, new, path):
-    """Raise RunError that names each setting which differs from the folder's config."""
-    changed = [f"{name} is {old.get(name)!r} there and {new.get(name)!r} now"
-               for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if changed:
-        raise RunError(f"{path} holds a run with another config: {', '.join(changed)}")
+def differing(old, new):
+    """The names of the settings that two configs have not alike."""
+    return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]

@@ -7,18 +7,18 @@ scratch under that sequence.
 
 import hashlib
 import json
-import math
 from pathlib import Path
+from typing import Annotated
 
-from config import Config, check, flag
-from errors import ConfigError, RunError, message
+from config import Config, NotNegative, Positive, Share, check, flag
+from errors import MOST, ConfigError, RunError, message, mistake
 from records import Individual, ancestry
 
 SCHEDULE = "schedule.json"
-NUMBERS = ("learning_rate", "momentum", "weight_decay", "cutout")  # of an epoch, beside theta
-# Fields of the run's config that a replay takes over.
+EPOCH = dict(learning_rate=NotNegative, momentum=Share, weight_decay=NotNegative,
+             cutout=NotNegative, theta=tuple[Annotated[float, -MOST, MOST], ...])
+# Fields of the run's config that a replay takes over, and those whose place the schedule takes.
 SHARED = ("dataset", "model", "batch_size", "add_cross_entropy", "image_size", "augmentation")
-# Fields whose place the schedule takes.
 DECIDED = "learning_rate", "lr_decay", "momentum", "weight_decay", "loss", "add_cross_entropy"
 
 
@@ -27,11 +27,8 @@ def schedule(config, data, log):
     None), "side" (the lesser of height and width in pixels), "average_epochs" (over about how many
     the weights are averaged), and "epochs": [{"learning_rate", "momentum", "weight_decay",
     "cutout", "theta": eight numbers, or None}, ...]."""
-    epochs = []
-    for ancestor in ancestry(log):
-        applied = ancestor["applied"]
-        shared = {name: applied[name] for name in (*NUMBERS[1:], "theta")}
-        epochs += [{"learning_rate": rate} | shared for rate in applied["learning_rate"]]
+    epochs = [{name: ancestor["applied"][name] for name in EPOCH} | {"learning_rate": rate}
+              for ancestor in ancestry(log) for rate in ancestor["applied"]["learning_rate"]]
     return {name: getattr(config, name) for name in SHARED} | {
         "plain_loss": config.plain_loss, "side": min(data.height, data.width),
         "average_epochs": config.average_weights * config.epochs, "epochs": epochs}
@@ -43,16 +40,15 @@ def read_schedule(path):
     path = path / SCHEDULE if path.is_dir() else path
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        values = [("side", Positive, found["side"])]
         for epoch in found["epochs"]:
-            numbers = [epoch[name] for name in NUMBERS] + (epoch["theta"] or [])
-            finite = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
-            if not finite or min(numbers[:4]) < 0:
-                raise ValueError("an epoch has a number that is not finite, or a rate below 0")
-            if len(numbers) not in (4, 12) or epoch["momentum"] > 1:
-                raise ValueError("an epoch has a momentum above 1, or not eight thetas")
+            plain = epoch | {"theta": tuple(epoch["theta"] or 8 * [0])}
+            values += [(name, kind, plain[name]) for name, kind in EPOCH.items()]
+            values += [("the number of thetas", Annotated[int, 8, 8], len(plain["theta"]))]
+        for name, kind, value in values:
+            if line := mistake(kind, value):
+                raise ValueError(f"{name} must be {line}")
         check(Config(**replay_fields(found, path) | {"loss": found["plain_loss"]}))
-        if not found["side"] > 0:
-            raise ValueError("its side must be a number of pixels")
     except OSError as error:
         raise RunError(f"cannot read {path}, the schedule of a finished run: "
                        f"{error.strerror}") from error
@@ -79,12 +75,12 @@ def replay_config(path):
 def checked_schedule(config):
     """The fingerprint of the schedule of a replay. Raises RunError for one that cannot be read, and
     ConfigError where the config says otherwise than the schedule."""
-    decided = Config(**replay_config(config.replay) | {"dataset": config.dataset})
+    found = read_schedule(config.replay)
+    decided = Config(**replay_fields(found, config.replay) | {"dataset": config.dataset})
     lines = [f"{flag(name)} is decided by the schedule of --replay: not {getattr(config, name)}"
              for name in DECIDED if getattr(config, name) != getattr(decided, name)]
     if lines:
         raise ConfigError("\n".join(lines))
-    found = read_schedule(config.replay)
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
@@ -94,14 +90,12 @@ def replay(config, space, data, workers, run):
     image."""
     recorded = read_schedule(config.replay)
     epochs, scale = recorded["epochs"], min(data.height, data.width) / recorded["side"]
-    population = run.population
     for g in range(run.generations, config.generations):
         then = epochs[g * len(epochs) // config.generations]
         h = dict(lr_scale=then["learning_rate"] / config.learning_rate, lr_decay=1.0,
                  momentum=then["momentum"], weight_decay=then["weight_decay"],
                  cutout=then["cutout"] * scale)
-        if then["theta"]:
-            h |= {f"theta{i}": x for i, x in enumerate(then["theta"])}
+        h |= {f"theta{i}": x for i, x in enumerate(then["theta"] or ())}
         population = workers.evaluate([Individual(g, g, h, parent=g - 1 if g else None)])
         run.record(g, population)
         yield g, population

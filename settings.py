@@ -6,7 +6,7 @@ Without this, a run in the caller's process would give other bits than the same 
 
 import os
 import sys
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from functools import partial
 
 import numpy as np
@@ -74,12 +74,10 @@ def flushes_denormals():
 
 
 def matmul_precision():
-    """PyTorch's old setting, or None where the caller has mixed it with the new ones above: PyTorch
-    then refuses to tell it."""
-    try:
+    """PyTorch's old setting; None where the caller mixed it with the new ones: PyTorch then refuses
+    to tell it."""
+    with suppress(RuntimeError):
         return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
 
 
 def set_matmul_precision(value):

@@ -10,16 +10,21 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from greenlet import getcurrent, greenlet
+from torch import nn
+from torch.func import functional_call
 
 from errors import RunError, message
-from models import random_states, random_states_kept, set_random_states
+from models import FoldedResNet, ResNet, random_states, random_states_kept, set_random_states
+from network import load_tensors, named_tensors, plain_attributes
 from records import Individual, write_atomic
-from training import Task, Trainer, load_tensors, named_tensors, plain_attributes
+from training import Task, Trainer
 
 STEPS_A_TURN = 8  # steps that a slot queues before the next slot has its turn
 WARM_UP = 3  # steps before a capture, as PyTorch asks: libraries allocate and choose in the first
@@ -43,16 +48,38 @@ class Slot(Trainer):
     def make_networks(self, seed):
         """The first time, make networks and capture their steps; then give them new weights."""
         if not self.captured:
-            return super().make_networks(seed)
+            return self.new_networks(seed)
         if self.network is None:
             distilled, self.distilled = self.distilled, True  # the teacher comes into use later
-            super().make_networks(seed)
+            self.new_networks(seed)
             self.distilled = distilled
         # These flags change the operations, so each combination needs its own graph.
         self.kind = (self.distilled, self.has_theta, self.augmentation.cutout > 0,
                      self.h["weight_decay"] > 0)
         self.graph(self.step)  # before the weights are loaded, since its first steps change them
         load_tensors(self.network.tensors(), self.new_network(seed).tensors())
+
+    def new_networks(self, seed):
+        super().make_networks(seed)
+        self.folded = None
+        if self.teacher and type(self.teacher.model) is ResNet:
+            self.folded = FoldedResNet(self.teacher.model, getattr(torch, self.config.precision))
+
+    def load(self, task):
+        super().load(task)
+        if self.folded:
+            self.folded.fold()
+
+    def logits(self, model, images):
+        """As a Trainer's, with fewer kernels: the teacher is folded, and in bfloat16 all weights
+        are cast at once, where autocast has a kernel for each."""
+        if self.folded and model is self.teacher.model:
+            return super().logits(self.folded, images)
+        weights = autocast_weights(model) if self.config.precision == "bfloat16" else {}
+        if weights:
+            cast = dict(zip(weights, Cast.apply(*weights.values()), strict=True))
+            model = partial(functional_call, model, cast)
+        return super().logits(model, images)
 
     def repeat(self, step, count):
         """Take a step so many times, giving other slots turns, until the GPU has done them."""
@@ -137,6 +164,38 @@ class Slot(Trainer):
                 self.random_states = random_states()
         finally:
             generator.graphsafe_set_state(before)
+
+
+class Cast(torch.autograd.Function):
+    """float32 tensors to bfloat16, and their gradients back, in one kernel each."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.set_materialize_grads(False)
+        return all_cast(tensors, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx, *gradients):  # None for a weight that the model did not use
+        return all_cast(gradients, torch.float32)
+
+
+def all_cast(tensors, dtype):
+    given = [t for t in tensors if t is not None]
+    cast = [torch.empty_like(t, dtype=dtype) for t in given]
+    torch._foreach_copy_(cast, given)
+    cast = iter(cast)
+    return tuple(None if t is None else next(cast) for t in tensors)
+
+
+def autocast_weights(model):
+    """{name: parameter} of what autocast would cast: the trained float32 parameters of plain
+    convolutions and linear layers, if nothing else has them too."""
+    plain = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
+    users = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
+    return {f"{path}.{name}".lstrip("."): p
+            for path, module in model.named_modules() if type(module) in plain
+            for name, p in module.named_parameters(recurse=False)
+            if p.dtype == torch.float32 and p.requires_grad and users[id(p)] == 1}
 
 
 def give_turn():

@@ -15,12 +15,12 @@ from torch import nn
 from data import ImageSet
 from errors import ConfigError, message
 from models import random_states_kept
+from network import named_tensors, plain_attributes
 from records import Individual
 from settings import settings
-from training import Classifier, Task, Trainer, named_tensors, plain_attributes
+from training import Classifier, Task, Trainer
 
 STEPS = 4  # so that what a model changes in its third step is seen
-SEED_OF_ANOTHER = 1
 
 
 def tried(config, data, say):
@@ -33,38 +33,37 @@ def tried(config, data, say):
         try:
             with settings(replace(config, device="cpu", threads=1)), random_states_kept():
                 try_model(replace(config, device="cpu", layout=layout), data)
-        except Refusal as error:
-            raise ConfigError(f"--model {config.model}: {error}") from error
         except ConfigError:
             raise
         except Exception as error:  # whatever the user's model raises
             errors.append(error)
-            continue
-        if errors:
-            say(f"{config.model} trains on contiguous images; channels last would be faster, but "
-                f"there it raises {type(errors[0]).__name__}: {message(errors[0])}")
-        return replace(config, layout=layout)
-    shape = " x ".join(map(str, (data.channels, data.height, data.width)))
-    error = errors[-1]
-    raise ConfigError(f"--model {config.model}: it cannot be trained on batches of "
-                      f"{config.batch_size} images of {shape} (channels, height, width): "
-                      f"{type(error).__name__}: {message(error)}") from error
+        else:
+            if errors:
+                say(f"{config.model} trains on contiguous images; channels last would be faster, "
+                    f"but there it raises {type(errors[0]).__name__}: {message(errors[0])}")
+            return replace(config, layout=layout)
+    raise refusal(config, f"it cannot be trained on batches of {config.batch_size} images of "
+                  f"{data.channels} x {data.height} x {data.width} (channels, height, width): "
+                  f"{type(errors[-1]).__name__}: {message(errors[-1])}") from errors[-1]
 
 
-class Refusal(Exception):
-    """What is wrong with a model that trains."""
+def refusal(config, why):
+    return ConfigError(f"--model {config.model}: {why}")
 
 
 def try_model(config, data):
+    """Raises ConfigError for a model that trains, but not as a run needs it."""
     batch = min(config.batch_size, len(data.train), 2)  # BatchNorm cannot train on one image
     rows = torch.arange(STEPS * batch) % len(data.train)
     some = ImageSet(data.test.images[:2], data.test.labels[:2])
     data = replace(data, validation=some, test=some, train_clean=None,
                    train=ImageSet(data.train.images[rows], data.train.labels[rows]))
-    config = replace(config, batch_size=batch, epochs=1, generations=2, milestones=(),
-                     fitness="accuracy")
-    trainer = Trainer(config, data)
-    refuse_shared(trainer)
+    trainer = Trainer(replace(config, batch_size=batch, epochs=1, generations=2, milestones=(),
+                              fitness="accuracy"), data)
+    model = trainer.new_network(0).model
+    first = next((leaf for leaf in model.modules() if not list(leaf.children())), None)
+    if isinstance(first, nn.GroupNorm) and first.affine and config.layout == "channels-last":
+        raise NotImplementedError("PyTorch crashes on a GroupNorm whose input needs no gradient")
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.safetensors" for i in range(3)]
         h = {v.name: v.at(0.5) for v in config.search_space(data.augmentation.cutout)}
@@ -72,45 +71,34 @@ def try_model(config, data):
             try:
                 trainer.evaluate(Task(Individual(0, 0, h), path))
             finally:
-                refuse_changes(trainer)
+                refuse_changes(trainer, model)
         trainer.evaluate(Task(Individual(1, 1, h, 0, teacher=0), paths[2], path, path, alpha=0.5))
         refuse_hidden_state(trainer, some)
         if paths[0].read_bytes() != paths[1].read_bytes():
-            raise Refusal("trained twice alike, it ends differently: it keeps something outside "
-                          "its parameters and buffers, or has a random generator of its own; a run "
+            raise refusal(config, "trained twice alike, it ends differently: it shares a tensor "
+                          "with other models of its factory, keeps something outside its "
+                          "parameters and buffers, or has a random generator of its own; a run "
                           "could not be repeated or resumed")
 
 
-def refuse_shared(trainer):
-    """Raise Refusal if two models of the factory share a tensor: training one changes the other."""
-    one, other = (trainer.new_network(seed).model for seed in range(2))
-    if {id(t) for _, t in named_tensors(one)} & {id(t) for _, t in named_tensors(other)}:
-        raise Refusal("its factory must make every parameter and buffer anew in each call, and two "
-                      "of its models share some")
-    first = next((leaf for leaf in one.modules() if not list(leaf.children())), None)
-    if isinstance(first, nn.GroupNorm) and first.affine:  # with PyTorch 2.11 the process dies
-        raise Refusal("PyTorch crashes on a GroupNorm whose input needs no gradient; begin with "
-                      "another layer")
-
-
-def refuse_changes(trainer):
-    """Raise Refusal if training has added, removed, resized or replaced a tensor, so that no child
+def refuse_changes(trainer, new):
+    """Refuse a model if training has added, removed, resized or replaced a tensor, so that no child
     could inherit it."""
-    described = [{name: f"{t.dtype} {tuple(t.shape)}" for name, t in named_tensors(model)}
-                 for model in (trainer.new_network(seed=0).model, trainer.network.model)]
-    for name in {**described[0], **described[1]}:
-        before, after = (d.get(name, "absent") for d in described)
-        if before != after:
-            raise Refusal(f"its forward() changes the tensor {name}, {before} in a new model, to "
-                          f"{after}: no child could inherit it; a model must make its tensors in "
-                          "__init__ and keep their shapes")
+    before, after = ({name: f"{t.dtype} {tuple(t.shape)}" for name, t in named_tensors(model)}
+                     for model in (new, trainer.network.model))
+    for name in before | after:
+        was, now = before.get(name, "absent"), after.get(name, "absent")
+        if was != now:
+            raise refusal(trainer.config, f"its forward() changes the tensor {name}, {was} in a "
+                          f"new model, to {now}: no child could inherit it; a model must make its "
+                          "tensors in __init__ and keep their shapes")
 
 
 @torch.no_grad()
 def refuse_hidden_state(trainer, image_set):
-    """Raise Refusal if a new model with the trained one's state_dict gives other logits."""
-    # Laid out in memory alike, since other layouts round otherwise.
-    model, delivered = trainer.network.model, trainer.new_network(SEED_OF_ANOTHER).model
+    """Refuse a model if a new one with its state_dict gives other logits."""
+    # Both are laid out in memory alike, since other layouts round otherwise.
+    model, delivered = trainer.network.model, trainer.new_network(seed=1).model
     usual = plain_attributes(delivered)
     changed = [n for n, value in plain_attributes(model).items() if usual.get(n) != value]
     delivered.load_state_dict(model.state_dict())
@@ -122,5 +110,6 @@ def refuse_hidden_state(trainer, image_set):
         logits.append(Classifier(trainer, image_set).logits().copy())
     if not np.array_equal(*logits, equal_nan=True):
         named = f", such as {changed[0]}," if changed else ""
-        raise Refusal(f"its logits depend on something{named} that its state_dict lacks: the "
-                      "delivered model would not be the measured one; register it as a buffer")
+        raise refusal(trainer.config, f"its logits depend on something{named} that its state_dict "
+                      "lacks: the delivered model would not be the measured one; register it as a "
+                      "buffer")

@@ -11,13 +11,12 @@ FITNESS, TEST = "fitness/best", "fittest/test_accuracy_for_comparison_only"
 
 
 def watched(generations, folder):
-    """The same generations; as each passes, what config.json and log.jsonl say of it is written
-    into the folder's tensorboard/. What the log of a resumed run has already is written anew."""
+    """The same generations. As each passes, what log.jsonl says of it is written into the folder's
+    tensorboard/; what the log of a resumed run has already is written anew."""
     from torch.utils.tensorboard import SummaryWriter  # here: it is optional and takes its time
     from torch.utils.tensorboard.summary import hparams
 
-    folder, path = Path(folder), Path(folder) / "tensorboard"
-    config = read_config(folder)
+    path, config, written = Path(folder) / "tensorboard", read_config(folder), 0
     with one_line(f"write to {path}"):
         shutil.rmtree(path, ignore_errors=True)
         writer = SummaryWriter(path, purge_step=0)  # a reader forgets what it has
@@ -25,7 +24,6 @@ def watched(generations, folder):
                     for name, value in config.items()}
         for summary in hparams(settings, {FITNESS: 0, TEST: 0}):
             writer.file_writer.add_summary(summary)
-    written = 0
     for generation in chain([None], generations):
         log = read_log(folder)
         with one_line(f"write to {path}"):

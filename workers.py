@@ -2,7 +2,8 @@
 
 "Since the evaluation of an individual does not depend on other individuals, the entire EPBT process
 can be parallelized" (Sec. 3.1). So a run gives the same bits for any number of workers. Weights
-travel through the run's folder, images through shared memory, tasks and scores through a pipe.
+travel through the run's folder, images through shared memory, where PyTorch moves what it sends to
+another process, tasks and scores through a pipe.
 
 On a CPU a worker is a process, with one thread unless --threads says more; a single one is this
 process. A GPU has one process, and in it as many slots as pay (slots.py).
@@ -10,21 +11,20 @@ process. A GPU has one process, and in it as many slots as pay (slots.py).
 
 import ctypes
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
-import traceback
 from collections import Counter, deque
 from contextlib import ExitStack
-from dataclasses import replace
-from multiprocessing import connection, forkserver, parent_process
+from dataclasses import dataclass, replace
+from multiprocessing import connection, parent_process
 
+import numpy as np
 import torch
-import torch.multiprocessing as multiprocessing
 
 from errors import RunError, message
+from records import RunFolder
+from server import UNGUARDED, start_server
 from settings import settings
 from slots import Slot, Turns, out_of_memory, worthwhile_slots
 from taylorglo_ext import BackendError
@@ -33,16 +33,16 @@ from training import Task, Trainer
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ATTEMPTS = 3  # a task whose worker dies is given out again, this many times in all
 OUT_OF_MEMORY = 75  # the exit code of a worker whose GPU had no memory left
-UNGUARDED = 76  # and of one that came upon evolve() while it imported the user's script
 PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
 
 
+@dataclass
 class Workers:
     """Evaluates individuals; what an interrupted run has evaluated is taken from its folder."""
 
-    def __init__(self, pool, folder, progress):
-        """pool: a ThisProcess, Processes or cluster.RayPool. progress: has tqdm's update(n)."""
-        self.pool, self.folder, self.progress = pool, folder, progress
+    pool: object  # a ThisProcess, Processes or cluster.RayPool
+    folder: RunFolder
+    progress: object  # has tqdm's update(n)
 
     def evaluate(self, individuals, teacher=None, alpha=0.0):
         """Alg. 1, step 3a: the same individuals, trained and scored, in the same order."""
@@ -63,15 +63,12 @@ class ThisProcess:
 
     def __init__(self, config, data):
         keep_freed_memory()
-        self.stack = ExitStack()
-        self.stack.enter_context(settings(config))
-        self.trainer = Trainer(config, data)
+        self.settings = ExitStack()
+        self.settings.enter_context(settings(config))
+        self.close, self.trainer = self.settings.close, Trainer(config, data)
 
     def run(self, tasks):
-        yield from map(self.trainer.evaluate, tasks)
-
-    def close(self):
-        self.stack.close()
+        return map(self.trainer.evaluate, tasks)
 
 
 class Processes:
@@ -80,12 +77,11 @@ class Processes:
     def __init__(self, config, data, count):
         """count: individuals evaluated at once; 0, on GPUs: as many as pay."""
         self.context, self.data = start_server(), data
-        share(data)
         if config.device == "cpu":
             places = [("cpu", 1)] * count
         else:  # always in another process: after a CUDA error only a new process can use a GPU
-            parts = shares(count, torch.cuda.device_count())
-            places = [(f"cuda:{i}", slots) for i, slots in enumerate(parts)]
+            parts = map(len, np.array_split(range(count), torch.cuda.device_count()))
+            places = [(f"cuda:{i}", slots) for i, slots in enumerate(parts) if slots or count == 0]
         self.workers = [WorkerProcess(self.context, replace(config, device=device), data, slots)
                         for device, slots in places]
         for worker in self.workers:
@@ -100,22 +96,22 @@ class Processes:
                 min(free, key=lambda worker: len(worker.tasks)).give(waiting.popleft())
             busy = {worker.pipe: worker for worker in self.workers if worker.tasks}
             for pipe in connection.wait(list(busy)):  # those that have answered or died
-                answer = busy[pipe].take()
-                if answer is not None:
-                    yield answer
-                else:
+                if (individual := busy[pipe].answer()) is None:
                     waiting.extendleft(busy[pipe].tasks.values())
                     self.replace(busy[pipe], attempts)
+                else:
+                    del busy[pipe].tasks[individual.id]
+                    yield individual
 
     def replace(self, worker, attempts):
         """Start another worker in the place of one that died over its tasks; where the GPU's memory
         was too small for all of them, with one slot less."""
         self.workers.remove(worker)
-        slots, ids = worker.slots, sorted(worker.tasks)
-        if worker.process.exitcode == UNGUARDED:
+        slots, ids, code = worker.slots, sorted(worker.tasks), worker.process.exitcode
+        if code == UNGUARDED:
             raise RunError("worker processes import the script that calls evolve(): the call must "
                            'stand under if __name__ == "__main__":')
-        if worker.process.exitcode == OUT_OF_MEMORY:
+        if code == OUT_OF_MEMORY:
             slots -= 1
             if slots == 0 and not self.workers:
                 raise RunError(f"individual {ids[0]} does not fit the GPU's memory, even alone: "
@@ -125,55 +121,20 @@ class Processes:
             if slots == 0:
                 return
         else:
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             attempts.update(ids)
             worst = max(ids, key=attempts.get)
             if attempts[worst] == ATTEMPTS:
                 raise RunError(f"individual {worst} could not be evaluated: its worker died "
-                               f"{ATTEMPTS} times, the last time with {worker.died_of()}")
-            print(f"a worker died with {worker.died_of()}; individual "
-                  f"{', '.join(map(str, ids))} is evaluated again", file=sys.stderr)
+                               f"{ATTEMPTS} times, the last time with {how}")
+            print(f"a worker died with {how}; individual {', '.join(map(str, ids))} is evaluated "
+                  "again", file=sys.stderr)
         self.workers.append(WorkerProcess(self.context, worker.config, self.data, slots))
 
     def close(self):
         for worker in self.workers:
             worker.process.kill()
-        for worker in self.workers:
             worker.process.join()
-
-
-def shares(count, devices):
-    """Slots for each device: count divided among them, those with none left out; 0 each for 0."""
-    if count == 0:
-        return [0] * devices
-    return [count // devices + (i < count % devices) for i in range(min(count, devices))]
-
-
-def start_server():
-    """Workers are forked from a server that has imported torch but started no thread and no CUDA
-    context. It imports in the background; to call this once more does nothing. Raises RunError."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing asks
-        os._exit(UNGUARDED)
-    context = multiprocessing.get_context("forkserver")
-    # torch by its own name too: before Python 3.13 the server looks for modules in the working
-    # directory only, and so may not find ours.
-    context.set_forkserver_preload(["torch", "training"])
-    main = sys.modules["__main__"]
-    if not os.path.isfile(getattr(main, "__file__", None) or ""):
-        vars(main).pop("__file__", None)  # "<stdin>", which workers would try to import
-    if threading.current_thread() is not threading.main_thread():
-        return context  # signals are not its business
-    # Ctrl-C reaches every process of a terminal, and is the parent's to handle. The server and its
-    # workers ignore it from their first instruction, as they inherit it.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    except OSError as error:
-        raise RunError(f"cannot start worker processes, whose socket cannot be made in TMPDIR, "
-                       f"{tempfile.gettempdir()}: {error}; use a shorter one, or --workers 1"
-                       ) from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    return context
 
 
 class WorkerProcess:
@@ -181,34 +142,27 @@ class WorkerProcess:
 
     def __init__(self, context, config, data, slots):
         """slots: how many tasks it has at once; 0: it finds out how many pay, and tells."""
-        self.config, self.tasks = config, {}
+        self.config, self.tasks, self.slots = config, {}, slots
         self.pipe, theirs = context.Pipe()
         arguments = config, data, slots, theirs
         self.process = context.Process(target=serve, args=arguments, daemon=True)
         try:
             self.process.start()
-        except (OSError, EOFError, AssertionError) as error:
-            reason = error or "the server that forks them is gone"
-            raise RunError(f"cannot start a worker process: {reason}; use --workers 1") from error
+        except (OSError, EOFError, AssertionError, RuntimeError) as error:
+            reason = message(error) or "the server that forks them is gone"
+            raise RunError(f"cannot start a worker process: {reason}; use --workers 1, or where "
+                           "/dev/shm is too small docker run --shm-size") from error
         theirs.close()  # so that its death closes the pipe
-        self.slots = slots
 
     def give(self, task):
         self.tasks[task.individual.id] = task
         try:
             self.pipe.send(task)
         except OSError:
-            pass  # it died while idle: take() finds out
-
-    def take(self):
-        """The individual of one of its tasks, or None if the process died. Raises an error that is
-        the user's to mend."""
-        answer = self.answer()
-        if answer is not None:
-            del self.tasks[answer.id]
-        return answer
+            pass  # it died while idle: answer() finds out
 
     def answer(self):
+        """What it sends, or None if it died. Raises an error that is the user's to mend."""
         try:
             answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -219,10 +173,6 @@ class WorkerProcess:
         if isinstance(answer, Exception):
             raise answer
         return answer
-
-    def died_of(self):
-        code = self.process.exitcode
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def serve(config, data, slots, pipe):
@@ -236,12 +186,11 @@ def serve(config, data, slots, pipe):
                 trainer = Trainer(config, data)
                 while True:
                     pipe.send(trainer.evaluate(pipe.recv()))
-            elif slots:
+            if slots:
                 take_turns([Slot(config, data) for _ in range(slots)], pipe)
-            else:
-                found = worthwhile_slots(config, data)
-                pipe.send(len(found))
-                take_turns(found, pipe)
+            found = worthwhile_slots(config, data)
+            pipe.send(len(found))
+            take_turns(found, pipe)
     except (EOFError, ConnectionError):
         pass  # the parent is gone
     except (RunError, BackendError) as error:
@@ -249,8 +198,7 @@ def serve(config, data, slots, pipe):
     except Exception as error:
         if out_of_memory(error):
             sys.exit(OUT_OF_MEMORY)
-        traceback.print_exc()
-        sys.exit(1)
+        raise
 
 
 def take_turns(slots, pipe):
@@ -266,9 +214,8 @@ def take_turns(slots, pipe):
 
 
 def keep_freed_memory():
-    """Have glibc keep what a training step frees for the next one. By default it is given back to
-    the system and faulted in again in every step, about 10,000 pages for ResNet-8 on 32x32 images:
-    up to 15% of a step's time."""
+    """Have glibc keep what a training step frees for the next one. By default it gives it back to
+    the system, which costs up to 15% of a step's time."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -278,20 +225,3 @@ def keep_freed_memory():
 def exit_with_parent():
     connection.wait([parent_process().sentinel])
     os._exit(1)
-
-
-def share(data):
-    """Move the data into memory that processes share. Raises RunError, as writing past the end of
-    that memory would kill this process."""
-    parts = [t for s in (data.train, data.validation, data.test) for t in (s.images, s.labels)]
-    try:
-        need, free = sum(t.nbytes for t in parts), shutil.disk_usage("/dev/shm").free
-        if need <= free:
-            for t in parts:
-                t.share_memory_()
-    except (OSError, RuntimeError) as error:
-        raise RunError("worker processes need shared memory in /dev/shm, which cannot be used: "
-                       f"{message(error)}; use --workers 1") from error
-    if need > free:
-        raise RunError(f"the images need {need >> 20} MiB of shared memory, and /dev/shm has "
-                       f"{free >> 20} MiB free: use --workers 1, or docker run --shm-size")

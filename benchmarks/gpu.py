@@ -1,18 +1,16 @@
 """The rows of ``python -m benchmarks.throughput`` on a GPU: training images/s of slots (slots.py).
 
 ResNet-32 at batch 128 on random data of CIFAR-10's shape, distilled, under the TaylorGLO loss;
-training only: one eager slot; slots with CUDA graphs; with contiguous tensors; and the limit, one
-eager network at large batches. gpu_busy is the share of the time of a profile in which the GPU runs
-something. ``--deterministic`` and ``--compile`` (the networks go through torch.compile) measure
-slots with graphs so. The files are throughput-cuda, -cuda-deterministic and -cuda-compile.
+training only: one eager slot; 1 to 16 slots with CUDA graphs, channels last as in a run, and
+contiguous; and the limit, one eager network at a large batch. ``--deterministic`` and ``--compile``
+(the networks go through torch.compile) measure slots with graphs so. The files are
+throughput-cuda, -cuda-deterministic and -cuda-compile.
 """
 
 import time
 from dataclasses import replace
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.rows import record
 from benchmarks.throughput import random_cifar10, whole
@@ -39,69 +37,38 @@ def on_gpu(options):
     data, kind = random_cifar10(images).to(DEVICE), Compiled if options.compile else Slot
     label = ", deterministic" * options.deterministic + ", torch.compile" * options.compile
     for precision in ("float32", "bfloat16"):
-        for name, changes, slots in gpu_rows(options):
+        for name, changes, counts in gpu_rows(options):
             changed = replace(config, precision=precision, **changes)
             contender = f"{name}, {precision}{label}"
-            yield record_of_slots(contender, changed, data, slots, options.rounds, kind)
+            yield from records_of_slots(contender, changed, data, counts, options.rounds, kind)
 
 
 def gpu_rows(options):
-    """(contender, changes of the config, slots) of each row."""
+    """(contender, changes of the config, numbers of slots) of some rows."""
     if options.deterministic or options.compile:
-        return [("graphs", {}, slots) for slots in ((2,) if options.tiny else (1, 8, 16))]
-    if options.tiny:
-        return [
-            ("eager", dict(no_graphs=True), 1),
-            ("graphs", {}, 2),
-            ("graphs, contiguous", dict(layout="contiguous"), 2),
-        ]
-    return [
-        ("eager", dict(no_graphs=True), 1),
-        *(("graphs", {}, slots) for slots in (1, 2, 4, 8, 16)),
-        *(("graphs, contiguous", dict(layout="contiguous"), slots) for slots in (1, 8)),
-        *((f"limit: batch {n}", dict(no_graphs=True, batch_size=n), 1) for n in (512, 2048, 8192)),
+        return [("graphs", {}, (1, 2) if options.tiny else (1, 8, 16))]
+    rows = [
+        ("graphs", {}, (1, 2) if options.tiny else (1, 2, 4, 8, 16)),
+        ("eager", dict(no_graphs=True), (1,)),
+        ("graphs, contiguous", dict(layout="contiguous"), (2,) if options.tiny else (8,)),
     ]
+    limit = ("limit: batch 2048", dict(no_graphs=True, batch_size=2048), (1,))
+    return rows if options.tiny else [*rows, limit]
 
 
-def record_of_slots(contender, config, data, slots, rounds, kind):
-    """These slots together take so many training steps each, `rounds` times."""
+def records_of_slots(contender, config, data, counts, rounds, kind):
+    """For each number of slots, these take so many training steps each, `rounds` times."""
+    trainers = []
     with settings(config):
-        trainers, times = [kind(config, data) for _ in range(slots)], []
-        rehearse(trainers, 1)  # captures the graphs
-        for _ in range(rounds):
-            start = time.perf_counter()
-            rehearse(trainers, REHEARSAL)
-            times.append(time.perf_counter() - start)
-        row = record(
-            contender, times, REHEARSAL * slots * trainers[0].batch, config.model, slots, slots
-        )
-        row["gpu_busy"] = round(busy_share(trainers), 3)
+        for count in counts:
+            trainers += [kind(config, data) for _ in range(count - len(trainers))]
+            rehearse(trainers, 1)  # captures the graphs
+            times = []
+            for _ in range(rounds):
+                start = time.perf_counter()
+                rehearse(trainers, REHEARSAL)
+                times.append(time.perf_counter() - start)
+            images = REHEARSAL * count * trainers[0].batch
+            yield record(contender, times, images, config.model, count, count)
         del trainers
         torch.cuda.empty_cache()
-    return row
-
-
-def busy_share(trainers, steps=10):
-    """In a profile of a few steps, the share of the time in which the GPU runs something."""
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
-        rehearse(trainers, steps)
-        torch.cuda.synchronize()
-    return covered(
-        [
-            (e.time_range.start, e.time_range.end)
-            for e in trace.events()
-            if e.device_type == DeviceType.CUDA
-        ]
-    )
-
-
-def covered(spans):
-    """The share of the time from the first start to the last end that lies in any of the spans
-    (start, end)."""
-    spans = sorted(spans)
-    begun = end = spans[0][0]
-    total = 0.0
-    for start, stop in spans:
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total / (end - begun)

@@ -6,7 +6,7 @@ whatever else the machine does falls on all of them alike. Beside the wall time 
 a GPU, its device time: replays of a captured graph of 20 calls.
 
 - fused: ``taylorglo_loss``
-- operator: ``loss_and_gradient`` and ``logits.backward(gradient)``, as training does
+- operator: ``loss_and_gradient``, as training calls it; autograd gets the gradient as it is
 - reference: the plain PyTorch formula, and compiled: the same under torch.compile
 - triton: ``benchmarks/triton_loss.py``, on a GPU
 - cross_entropy: F.cross_entropy on hard labels, in arithmetic a lower bound
@@ -55,27 +55,22 @@ def methods(
     source, target = logits.detach(), torch.zeros_like(logits.detach())
 
     def step(loss_function: Callable[..., Tensor], *arguments) -> None:
-        loss_function(logits, labels, *arguments).backward()
-        logits.grad = None  # here, so that each method frees its own memory
+        torch.autograd.grad(loss_function(logits, labels, *arguments), logits)
 
-    def operate(loss_function: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        logits.backward(loss_function(logits, labels, theta, *distillation)[1])
-        logits.grad = None
-
-    of_gpu = {}
-    if device == "cuda" and dtype != torch.float16:
-        from benchmarks.triton_loss import triton_loss
-
-        of_gpu["triton"] = lambda: operate(lambda z, *rest: triton_loss(z.detach(), *rest))
-    return of_gpu | {
+    contenders = {
         "fused": lambda: step(taylorglo_loss, theta, *distillation),
-        "operator": lambda: operate(loss_and_gradient),
+        "operator": lambda: loss_and_gradient(source, labels, theta, *distillation),
         "reference": lambda: step(reference_loss, theta, *distillation),
         "compiled": lambda: step(compiled_loss, theta, *distillation),
         "cross_entropy": lambda: step(F.cross_entropy),
         "clone": source.clone,
         "copy": lambda: target.copy_(source),
     }
+    if device == "cuda" and dtype != torch.float16:
+        from benchmarks.triton_loss import triton_loss
+
+        contenders["triton"] = lambda: triton_loss(source, labels, theta, *distillation)
+    return contenders
 
 
 def seconds(function: Callable[[], object], calls: int, device: str) -> float:

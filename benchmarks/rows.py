@@ -8,7 +8,7 @@ from benchmarks.kernel import RESULTS, device_name, spread, write_csv
 
 CORES = len(os.sched_getaffinity(0))
 WIDTHS = dict(contender=34, model=10, networks=10, median_s=10, p10_s=10, p90_s=10)  # of columns
-WIDTHS |= dict(images_per_s=14, gpu_busy=10)
+WIDTHS |= dict(images_per_s=14)
 
 
 def record(contender, times, images, model, networks, workers):

@@ -165,6 +165,7 @@ def ours(config, data, workers, networks=CHILDREN):
         tempfile.TemporaryDirectory() as folder,
         closing(RunFolder(folder, config.identity())) as run,
     ):
+        run.begin()
         progress = SimpleNamespace(update=lambda n: None)
         with closing(make_pool(config, data)) as pool:
             generations = METHODS["epbt"](

@@ -21,10 +21,12 @@
 namespace taylorglo {
 namespace {
 
-constexpr int kWarp = 32, kThreads = 128;  // a block has kThreads where its rows belong to warps
+constexpr int kWarp = 32;
 template <typename T>
 constexpr int kMostThreads =
-    sizeof(T) == 8 ? 256 : 1024;   // at most 64 registers for each, of float
+    sizeof(T) == 8 ? 256 : 1024;  // at most 64 registers for each, of float
+template <typename T>
+constexpr int kMostWarpThreads = sizeof(T) == 8 ? 128 : 512;  // where rows belong to warps
 constexpr int kMostColumns = 512;  // 48 KB hold their columns
 
 enum class Scope { kWarpRows, kBlockRow, kLongRow };
@@ -233,18 +235,33 @@ __device__ double sum_over_block(double v) {
 
 // ---- The loss -----------------------------------------------------------------------------------
 
+// Eq. 2's -1/n, and the mean over the batch if it is asked for.
+template <typename scalar_t>
+__device__ __forceinline__ double loss_scale(const Problem<scalar_t>& p) {
+  return p.mean && p.kept ? p.scale / static_cast<double>(*p.kept) : p.scale;
+}
+
 // In shared memory, since registers are for the numbers.
 template <typename T>
 struct Parameters {
   Polynomial<T> polynomial;
   T alpha, scale;
   int classes;
-  double loss_scale;  // Eq. 2's -1/n, and the mean over the batch if it is asked for, as scale
+
+  template <bool kTeacher, typename scalar_t>
+  __device__ __forceinline__ void read(const Problem<scalar_t>& p) {
+    *this = {read_theta<T>(p.theta), kTeacher ? read_alpha(p) : T(0), T(loss_scale(p)),
+             static_cast<int>(p.classes)};
+  }
 };
 
-// Where a thread's numbers of one row are. Read anew for each step of the work, and from memory,
-// since the compiler would otherwise keep every comparison with the row's end from the load to the
-// store.
+// With few numbers a thread has registers left to read the parameters while they are on their way.
+template <int kNumbers, Scope kScope>
+constexpr bool kReadsLate = kScope == Scope::kWarpRows && kNumbers <= 8;
+
+// Where a thread's numbers of one row are. Many numbers have their place made anew for each step of
+// the work, and from memory, since the compiler would otherwise keep every comparison with the
+// row's end from the load to the store.
 template <int kVector, int kNumbers, int kLanes, Scope kScope>
 struct Place {
   static constexpr int kSteps = kNumbers / kVector;
@@ -252,8 +269,11 @@ struct Place {
   int64_t start;
 
   template <typename T>
-  __device__ __forceinline__ Place(const Parameters<T>& parameters, int row, bool exists) {
-    classes = *const_cast<const volatile int*>(&parameters.classes);
+  __device__ __forceinline__ Place(int number, const Parameters<T>& parameters, int row,
+                                   bool exists) {
+    classes = kReadsLate<kNumbers, kScope>
+                  ? number
+                  : *const_cast<const volatile int*>(&parameters.classes);
     vectors = exists ? classes / kVector : 0;
     start = exists ? int64_t(row) * classes : 0;
     // A warp's lanes, or kLanes of them, have neighbouring vectors; the warps of a block have one
@@ -277,11 +297,11 @@ struct Place {
 };
 
 // The thread's turn with a row: writes its part of the gradient. Returns the row's sum of f in the
-// first thread of the row, 0 in the others.
+// first thread of the row, 0 in the others. If it `reads`, thread 0 reads the parameters.
 template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope, typename scalar_t,
           typename T>
-__device__ __forceinline__ T do_row(const Problem<scalar_t>& p, const Parameters<T>& parameters,
-                                    int row) {
+__device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& parameters, int row,
+                                    bool reads) {
   using Here = Place<kVector, kNumbers, kLanes, kScope>;
   const bool exists = row < static_cast<int>(p.rows);
   prefetch(p.labels + (exists ? row : 0));
@@ -289,10 +309,11 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, const Parameters
   // e and h hold logits first, and then exponentials against the thread's own maxima.
   T e[kNumbers], h[kTeacher ? kNumbers : 1];
   Share<T, kTeacher> share;
-  Here from(parameters, row, exists);
+  Here from(static_cast<int>(p.classes), parameters, row, exists);
   do {
     from.read(p.logits, e);
     if constexpr (kTeacher) from.read(p.teacher_logits, h);
+    if (reads && threadIdx.x == 0) parameters.template read<kTeacher>(p);
     const T max = largest(share.max, e),
             teacher_max = kTeacher ? largest(share.teacher_max, h) : T(0);
     if constexpr (kScope == Scope::kLongRow) {
@@ -314,10 +335,11 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, const Parameters
   const T max = share.max, teacher_max = share.teacher_max;
   if constexpr (kScope == Scope::kWarpRows) {
     share.join(kLanes);
+    if (reads) __syncthreads();  // until the parameters are there
   } else {
     join_block(share);
   }
-  Here to(parameters, row, exists);
+  Here to(static_cast<int>(p.classes), parameters, row, exists);
   const int64_t any_label = exists ? p.labels[row] : 0;
   const bool inside = any_label >= 0 && any_label < to.classes;
   const bool ignored = !exists || (p.kept && any_label == p.ignore_index);
@@ -380,9 +402,10 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, const Parameters
 __device__ unsigned counters[kCounters];
 
 // Adds up the threads' sums and writes the loss. The last block to arrive adds up the blocks, in
-// order. The count of blocks goes back to 0 with the last one, for the next launch.
+// order. The count of blocks goes back to 0 with the last one, for the next launch. A function of
+// its own, so that the rows have all registers.
 template <typename scalar_t>
-__device__ void finish(const Problem<scalar_t>& p, double sum, double scale) {
+__device__ __noinline__ void finish(const Problem<scalar_t>& p, double sum) {
   __shared__ bool is_last;
   sum = sum_over_block(sum);
   if (gridDim.x > 1) {
@@ -399,35 +422,36 @@ __device__ void finish(const Problem<scalar_t>& p, double sum, double scale) {
     for (unsigned b = threadIdx.x; b < gridDim.x; b += blockDim.x) sum += __ldcg(p.partial + b);
     sum = sum_over_block(sum);
   }
-  if (threadIdx.x == 0) *p.loss = static_cast<Accumulate<scalar_t>>(sum * scale);
+  if (threadIdx.x == 0) *p.loss = static_cast<Accumulate<scalar_t>>(sum * loss_scale(p));
 }
 
 template <typename scalar_t, int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope>
-__global__ void __launch_bounds__(kScope == Scope::kWarpRows ? kThreads
-                                                             : kMostThreads<Accumulate<scalar_t>>,
-                                  kScope == Scope::kWarpRows && sizeof(scalar_t) < 8 ? 8 : 1)
+__global__ void __launch_bounds__(kScope == Scope::kWarpRows
+                                      ? kMostWarpThreads<Accumulate<scalar_t>>
+                                      : kMostThreads<Accumulate<scalar_t>>,
+                                  kScope == Scope::kWarpRows && sizeof(scalar_t) < 8 ? 2 : 1)
     loss_kernel(const __grid_constant__ Problem<scalar_t> p) {
   using T = Accumulate<scalar_t>;
   __shared__ Parameters<T> parameters;
-  if (threadIdx.x == 0) {
-    const double scale = p.mean && p.kept ? p.scale / static_cast<double>(*p.kept) : p.scale;
-    parameters = {read_theta<T>(p.theta), kTeacher ? read_alpha(p) : T(0), T(scale),
-                  static_cast<int>(p.classes), scale};
+  if constexpr (!kReadsLate<kNumbers, kScope>) {
+    if (threadIdx.x == 0) parameters.template read<kTeacher>(p);
+    __syncthreads();
   }
-  __syncthreads();
   const int row_threads = kScope == Scope::kWarpRows ? kLanes : blockDim.x;
   const int block_rows = blockDim.x / row_threads;
   const int rows = static_cast<int>(p.rows);
   double sum = 0;
   // Every thread of a block takes every turn of this loop, for the sums over a row's threads.
-  for (int first = blockIdx.x * block_rows; first < rows; first += gridDim.x * block_rows) {
+  const int begin = blockIdx.x * block_rows;
+  for (int first = begin; first < rows; first += gridDim.x * block_rows) {
     const int row = first + threadIdx.x / row_threads;
-    const T f = do_row<kVector, kNumbers, kLanes, kTeacher, kScope>(p, parameters, row);
+    const T f = do_row<kVector, kNumbers, kLanes, kTeacher, kScope>(
+        p, parameters, row, kReadsLate<kNumbers, kScope> && first == begin);
     if (p.row_losses && threadIdx.x % row_threads == 0 && row < rows)
       p.loss[row] = f * parameters.scale;
     sum += f;
   }
-  if (!p.row_losses) finish(p, sum, parameters.loss_scale);
+  if (!p.row_losses) finish(p, sum);
 }
 
 // *kept = how many labels are not ignore_index; one block.
@@ -445,6 +469,15 @@ __global__ void __launch_bounds__(1024)
 template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope = Scope::kWarpRows,
           typename scalar_t>
 void start(const Problem<scalar_t>& p, int threads, int processors, cudaStream_t stream) {
+  if constexpr (kScope == Scope::kWarpRows) {
+    // One block, where that is enough, has no other to wait for.
+    constexpr int kMost = kMostWarpThreads<Accumulate<scalar_t>>;
+    const int64_t wanted = p.rows * kLanes;
+    threads = wanted > int64_t(processors) * 1024 ? std::min(kMost, 256) : std::min(kMost, 128);
+    if (wanted <= kMost) {
+      for (threads = kWarp; threads < wanted;) threads *= 2;
+    }
+  }
   const int64_t block_rows = kScope == Scope::kWarpRows ? threads / kLanes : 1;
   const int64_t resident = int64_t(processors) * 1024 / threads;
   const int64_t wanted = (p.rows + block_rows - 1) / block_rows;
@@ -469,15 +502,15 @@ void choose(const Problem<scalar_t>& p, int processors, cudaStream_t stream) {
   constexpr int kMost = kTeacher ? std::min(kMostColumns, kMostThreads<T>) : kMostThreads<T>;
   while (threads < kMost && threads * kMany < p.classes) threads *= 2;
   if (p.classes <= 4 * kFew) {
-    start<kVector, kFew, 4, kTeacher>(p, kThreads, processors, stream);
+    start<kVector, kFew, 4, kTeacher>(p, threads, processors, stream);
   } else if (p.classes <= kWarp * kFew && is_small) {
-    start<kVector, kFew, kWarp, kTeacher>(p, kThreads, processors, stream);
+    start<kVector, kFew, kWarp, kTeacher>(p, threads, processors, stream);
   } else if (p.classes <= 8 * kSome) {
-    start<kVector, kSome, 8, kTeacher>(p, kThreads, processors, stream);
+    start<kVector, kSome, 8, kTeacher>(p, threads, processors, stream);
   } else if (p.classes <= kWarp * kSome) {
-    start<kVector, kSome, kWarp, kTeacher>(p, kThreads, processors, stream);
+    start<kVector, kSome, kWarp, kTeacher>(p, threads, processors, stream);
   } else if (p.classes <= kWarp * kMany) {
-    start<kVector, kMany, kWarp, kTeacher>(p, kThreads, processors, stream);
+    start<kVector, kMany, kWarp, kTeacher>(p, threads, processors, stream);
   } else if (p.classes <= threads * kMany) {
     start<kVector, kMany, kWarp, kTeacher, Scope::kBlockRow>(p, threads, processors, stream);
   } else {
@@ -489,11 +522,15 @@ bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 1
 
 // ---- The backward -------------------------------------------------------------------------------
 
+constexpr int kScaleThreads = 512, kScaleBlocks = 512;
+
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kScaleThreads)
     scale_kernel(scalar_t* gradient, int64_t size, Real upstream) {
   using T = Accumulate<scalar_t>;
-  const T factor = read_number<T>(upstream);
+  __shared__ T factor;  // read once a block: a read by each thread would take 30 us
+  if (threadIdx.x == 0) factor = read_number<T>(upstream);
+  __syncthreads();
   if (factor == 1) return;  // the usual case: loss.backward() with nothing after the loss
   constexpr int kVector = 16 / sizeof(scalar_t);
   auto* vectors = reinterpret_cast<Packed<scalar_t, kVector>*>(gradient);
@@ -531,8 +568,9 @@ void launch_loss(const Problem<scalar_t>& p, int processors, cudaStream_t stream
 
 template <typename scalar_t>
 void launch_scale(scalar_t* gradient, int64_t size, Real upstream, cudaStream_t stream) {
-  const int64_t blocks = std::min<int64_t>((size + kThreads * 8 - 1) / (kThreads * 8), 4096);
-  scale_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(gradient, size, upstream);
+  const int64_t wanted = (size + kScaleThreads - 1) / kScaleThreads;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(wanted, kScaleBlocks));
+  scale_kernel<<<blocks, kScaleThreads, 0, stream>>>(gradient, size, upstream);
 }
 
 template void launch_scale(double*, int64_t, Real, cudaStream_t);

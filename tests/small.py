@@ -14,9 +14,10 @@ from config import Config
 from data import make_data
 from evolution import random_stream
 from models import make_model
+from network import model_tensors
 from records import Individual, load_individual
 from taylorglo_ext.reference import reference_loss
-from training import Task, Trainer, learning_rate, model_tensors
+from training import Task, Trainer, learning_rate
 
 CROSS_ENTROPY = {}  # nothing is evolved
 # f = 10 x y: the loss is minus the likelihood.

@@ -110,4 +110,4 @@ def test_an_augmentation_as_text(text, expected):
         assert f"not '{str(text).lower()}'" in error_line(parse_augmentation, text, 32)
     else:
         assert parse_augmentation(text, 32) == expected
-        assert parse_augmentation(expected.spec(), 32) == expected
+        assert parse_augmentation(str(expected), 32) == expected

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import figures
-from figures import binary_loss, compare, main, zoom
-from records import RunError
-from tables import epochs_to_pass, group, load_run, paired, tables
+from errors import RunError
+from figures import binary_loss, compare, draw_run, main, zoom
+from tables import Run, epochs_to_pass, group, paired, tables
 from taylorglo_ext import taylorglo_loss
 from tests.run_folders import THETA, alone, evolved, member, write
 
@@ -28,7 +28,7 @@ def cells(text):
 
 
 def printed(folders, *references):
-    return tables(group(list(map(load_run, folders))), references)
+    return tables(group(list(map(Run, folders))), references)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_tables_by_hand(three_seeds):
 def test_tests_are_over_common_seeds_and_only_where_differences_differ(three_seeds, tmp_path):
     other = [write(tmp_path / f"other-{seed}", alone(accuracy)) for seed, accuracy in
              ((1, 0.92), (2, 0.94), (3, 0.1))]
-    (rows,) = group(list(map(load_run, three_seeds + other)))["digits, resnet8"].values()
+    (rows,) = group(list(map(Run, three_seeds + other)))["digits, resnet8"].values()
     assert paired(rows["other"], rows["plain"]) == "+10.00 over 2 seeds"  # twice 10: no variance
     assert paired(rows["plain"], rows["plain"]) == "-"
     lines = cells(printed(three_seeds + other, "best-decay", "plain"))
@@ -195,7 +195,7 @@ def test_runs_of_a_row_differ_in_the_seed_alone(name, settings, words, three_see
     folders = [*three_seeds, write(tmp_path / name, alone(0.5), **{
         "method": "baseline", "generations": 3, **settings})]
     if words is None:
-        assert "Not finished, so not in the tables: plain" in printed(folders)
+        assert "Not finished, so not in tables and pictures: plain" in compare(folders, tmp_path)
     else:
         with pytest.raises(RunError, match=f"are named as one row, plain, but {words}: "):
             printed(folders)
@@ -203,7 +203,7 @@ def test_runs_of_a_row_differ_in_the_seed_alone(name, settings, words, three_see
 
 NAMES = ["a$b", "$x_2$", r"\frac{", "_hidden", "a|b", "%s {0}", "фото", "-", "a\nb", "<b>&amp;",
          60 * "я", os.fsdecode(b"\xff\xfe")]
-SHOWN = [*NAMES[:8], "a\ufffdb", *NAMES[9:11], "\ufffd\ufffd"]
+SHOWN = [*NAMES[:8], r"a\nb", *NAMES[9:11], r"\udcff\udcfe"]
 
 
 def test_free_text_is_drawn_as_it_is(tmp_path, drawn, capsys):
@@ -218,13 +218,13 @@ def test_free_text_is_drawn_as_it_is(tmp_path, drawn, capsys):
 def test_pictures_of_rows_have_names_of_their_own(tmp_path, drawn):
     names = ["фо то", "фо-то", "ФО-ТО", *(100 * "я" + end for end in "абв")]
     compare([write(tmp_path / f"{name}-1", evolved(0.5)) for name in names], tmp_path / "out")
-    assert len(drawn) == 1 + 2 * len(names) and max(len(name.encode()) for name in drawn) < 210
+    assert len(drawn) == 1 + 2 * len(names)
 
 
 @pytest.mark.parametrize("name", [NAMES[1], NAMES[3], NAMES[-2], NAMES[-1]])
 def test_free_text_may_be_anywhere(name, tmp_path):
     folder = write(tmp_path / f"{name}-1", evolved(0.5, 0.6), dataset=f"/data/{name}", model=name)
-    main([str(folder)])
+    draw_run(Run(folder))
     main(["--out", str(tmp_path / name), str(folder)])
     assert (folder / "losses.svg").exists() and len(list((tmp_path / name).glob("*.png"))) == 3
 
@@ -242,9 +242,9 @@ def test_a_folder_without_a_run_is_one_line(spoil, words, tmp_path, capsys):
     folder = write(tmp_path / "a-1", alone(0.5))
     spoil(folder)
     with pytest.raises(RunError, match=words):
-        load_run(folder)
+        Run(folder)
     with pytest.raises(SystemExit) as exit:
-        main([str(folder)])
+        main(["--out", str(tmp_path / "out"), str(folder)])
     lines = capsys.readouterr().err.splitlines()
     assert exit.value.code == 2 and len(lines) == 1 and "a-1" in lines[0]
 
@@ -256,10 +256,10 @@ DIVERGED = [[member(0, 0, 0.0, diverged=True, hyperparameters={"lr_scale": 9.0},
 
 
 @pytest.mark.parametrize("log, names", [
-    (OLD, {"curves"}), (alone(0.5, 0.6), {"curves"}), (PBT, {"curves", "schedule"}),
-    (DIVERGED, {"curves", "schedule"}), (evolved(0.5), {"curves", "losses", "schedule"})])
+    (OLD, {"curves", "lineage"}), (alone(0.5, 0.6), {"curves"}), (PBT, {"curves", "lineage", "schedule"}),
+    (DIVERGED, {"curves", "schedule"}), (evolved(0.5), {"curves", "lineage", "losses", "schedule"})])
 def test_figures_5_and_6_are_drawn_of_what_evolved(log, names, tmp_path, drawn):
-    main([str(write(tmp_path / "a-1", log))])
+    draw_run(Run(write(tmp_path / "a-1", log)))
     assert drawn.keys() == names
 
 

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from errors import ConfigError
-from models import MODELS, BasicBlock, PreActivationBlock, find_factory, import_name, make_model
+from models import (
+    MODELS,
+    BasicBlock,
+    FoldedResNet,
+    PreActivationBlock,
+    find_factory,
+    import_name,
+    make_model,
+)
 
 # Parameters, for ten classes and three channels, and convolutions. A ResNet's name counts its linear layer too; a
 # WRN's only the convolutions, 1x1 shortcuts included. Sec. 4.1: 0.47 million for ResNet-32, about 11 for the WRNs.
@@ -122,6 +130,24 @@ def test_option_a_shortcut():
     assert shortcut[0, 0].tolist() == [[1, 3, 5], [11, 13, 15], [21, 23, 25]]
     assert shortcut.shape == (1, 3, 3, 3) and not shortcut[0, 1:].any()
     assert BasicBlock(4, 4, stride=1).shortcut(x) is x
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_folded_resnet(device):
+    """Its logits are those of the network in evaluation mode, also after the weights have changed."""
+    model = make_model("resnet20", 7, 3, 0).to(device, torch.float32 if device == "cuda" else torch.float64)
+    model.to(memory_format=torch.channels_last)
+    dtype = model.fc.weight.dtype
+    images = torch.randn(5, 3, 17, 14, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        folded = FoldedResNet(model, dtype)
+        for _ in range(2):
+            model.train()(3 * torch.randn_like(images) + 1)
+            for p in model.parameters():
+                p.mul_(1 + 0.2 * torch.rand_like(p))
+            folded.fold()
+            tolerance = 1e-10 if device == "cpu" else 1e-3
+            torch.testing.assert_close(folded(images), model.eval()(images), rtol=tolerance, atol=tolerance)
 
 
 def test_pre_activation_block():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from baselines import independent
+from baselines import train_on
 from config import Config
 from data import DataError, make_data
 from evolution import SEARCH_SPACE, Variable, initialize, known_loss
@@ -91,7 +91,7 @@ def stop_early(fitness, log):
     run = SimpleNamespace(generations=len(log), population=[everyone[i] for i in log[-1][0]] if log else [])
     run.record = lambda g, population, elites: log.append(([m.id for m in population], [m.id for m in elites]))
     config = Config("digits", method="baseline", early_stopping=True, generations=len(fitness))
-    for _ in independent(config, (), None, SimpleNamespace(evaluate=evaluate), run):
+    for _ in train_on(config, (), None, SimpleNamespace(evaluate=evaluate), run):
         pass
     return log
 

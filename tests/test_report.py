@@ -1,13 +1,10 @@
 """The one-page report of a run, from logs that are written by hand."""
 
-import re
 from html.parser import HTMLParser
 
-import pytest
-
-import report as module
-from records import RunError
+from figures import figure_lineage
 from report import report
+from tables import Run
 from tests.run_folders import alone, evolved, member, write
 
 
@@ -41,9 +38,12 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
 
 def test_lineage_has_every_individual_and_the_line_of_the_winner(tmp_path):
     text = report(write(tmp_path / "e-1", evolved(0.5, 0.7, 0.8))).read_text(encoding="utf-8")
-    drawing = re.search('<svg class="lineage".*?</svg>', text, re.S)[0]
-    assert drawing.count("<circle") == 12 and drawing.count("stroke-dasharray") == 4
-    assert 'd="M24 10L56 10L88 10"' in drawing  # the fittest of each is the next one's parent
+    assert text.count("<title>individual ") == 12
+    assert "<title>individual 4 of generation 1: fitness 70.00%, test accuracy 70.00%<" in text
+    (ax,) = figure_lineage(Run(tmp_path / "e-1")).axes
+    dashed = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert len(dashed) == 4 and len(ax.lines) == 12 + 8 + 1
+    assert ax.lines[-1].get_xydata().tolist() == [[0, 0], [1, 0], [2, 0]]
 
 
 def test_a_running_run_and_a_single_network(tmp_path):
@@ -53,21 +53,12 @@ def test_a_running_run_and_a_single_network(tmp_path):
     assert Page(text).count("svg") == 1 and "Lineage" not in text
 
 
-def test_free_text_is_escaped_and_the_diverged_are_hollow(tmp_path):
+def test_free_text_is_escaped_and_the_diverged_are_white(tmp_path):
     log = [[member(0, 0, 0.5), member(1, 0, 0.0, diverged=True)]]
     space = [["theta0", -10.0, 10.0, False, False], ["weight_decay", 1e-5, 0.01, True, True]]
     folder = write(tmp_path / "$r$<i>-1", log, dataset="a<b>{{ 1 }}\udcff", space=space)
     text = report(folder).read_text(encoding="utf-8")
-    assert "$r$&lt;i&gt;, seed 1: a&lt;b&gt;{{ 1 }}\ufffd, resnet8" in text and "a<b>" not in text
-    assert text.count('fill="var(--paper)"') == 1
+    assert "$r$&lt;i&gt;, seed 1: a&lt;b&gt;{{ 1 }}\\udcff, resnet8" in text and "a<b>" not in text
+    dots = [line for line in figure_lineage(Run(folder)).axes[0].lines if line.get_marker() == "o"]
+    assert [line.get_color() == "white" for line in dots] == [False, True]
     assert "<td>space</td><td>theta0 -10 to 10, weight_decay 1e-05 to 0.01</td>" in text
-
-
-@pytest.mark.parametrize("error", [ValueError("1\n2"), OSError(28, "full"), KeyError("x")])
-def test_whatever_goes_wrong_is_a_run_error_of_one_line(error, tmp_path, monkeypatch):
-    def fail(run):
-        raise error
-
-    monkeypatch.setattr(module, "draw_run", fail)
-    with pytest.raises(RunError, match=f"^cannot draw .*e-1: {type(error).__name__}: [^\n]*$"):
-        report(write(tmp_path / "e-1", evolved(0.5)))

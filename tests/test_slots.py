@@ -130,9 +130,37 @@ def test_slots_in_turn_train_as_one_alone_and_as_a_plain_trainer(model, given, d
                 assert_close(state, expected, rtol=0, atol=0, equal_nan=True)
             for t in tasks:
                 plain.evaluate(copy.deepcopy(t))
-                assert_close(states[t.individual.id], state_of(t), rtol=1e-3, atol=1e-4,
+                # On a GPU a folded teacher's weights round to TF32 in another way.
+                rtol, atol = (1e-3, 1e-4) if device == "cpu" else (2e-2, 2e-3)
+                assert_close(states[t.individual.id], state_of(t), rtol=rtol, atol=atol,
                              equal_nan=True)
     assert all(bool(slot.graphs) != given.get("no_graphs", False) for slot in some)
+
+
+@pytest.mark.parametrize("model", ["Dropping", "resnet8"])
+def test_bfloat16_weights_cast_at_once_are_those_that_autocast_casts(model, device, tmp_path):
+    slot, = slots_of(device, 1, model, precision="bfloat16")
+    tasks = [task(tmp_path, 0, EVOLVED), task(tmp_path, 1, {})]
+    found, plain = in_turns([slot], tasks), Trainer(slot.config, slot.data)
+    with settings(plain.config):
+        for t, state in zip(tasks, found, strict=True):
+            plain.evaluate(copy.deepcopy(t))
+            assert_close(state, state_of(t), rtol=0, atol=0)
+
+
+def test_only_what_nothing_else_uses_is_cast():
+    model = torch.nn.ModuleDict(dict(
+        conv=torch.nn.Conv2d(3, 4, 3), norm=torch.nn.BatchNorm2d(4), fc=torch.nn.Linear(4, 4),
+        tied=torch.nn.Linear(4, 4), exact=torch.nn.Linear(4, 4).double(),
+        frozen=torch.nn.Linear(4, 4).requires_grad_(False), table=torch.nn.Embedding(4, 4)))
+    model["tied"].weight = model["table"].weight
+    weights = slots.autocast_weights(model)
+    assert list(weights) == ["conv.weight", "conv.bias", "fc.weight", "fc.bias", "tied.bias"]
+    cast = slots.Cast.apply(*weights.values())
+    upstream = torch.randn(cast[0].shape).bfloat16()
+    (cast[0] * upstream).sum().backward()
+    assert torch.equal(weights["conv.weight"].grad, upstream.float())
+    assert weights["fc.weight"].grad is None and {t.dtype for t in cast} == {torch.bfloat16}
 
 
 @small()

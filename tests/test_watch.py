@@ -6,7 +6,7 @@ import pytest
 
 from figures import applied
 from records import RunError, fittest, read_log
-from tables import load_run
+from tables import Run
 from tests.run_folders import THETA, evolved, write
 from watch import FITNESS, TEST, watched
 
@@ -81,4 +81,4 @@ def test_a_real_run_is_watched_and_its_schedule_is_what_is_drawn(run_epbt):
     assert found[FITNESS] == list(zip((1, 2, 3), (m["fitness"] for m in best), strict=True))
     rates = [m["applied"]["learning_rate"][-1] for m in best]
     assert found["fittest/learning_rate"] == list(zip((1, 2, 3), rates, strict=True))
-    assert list(applied(load_run(folder), "learning_rate")) == rates
+    assert list(applied(Run(folder), "learning_rate")) == rates

@@ -179,15 +179,22 @@ def test_out_of_memory_with_the_last_worker_ends_in_one_error(pool, tmp_path):
     assert pool.workers == []
 
 
-def test_every_gpu_gets_its_share_of_the_slots_or_finds_its_own_number():
-    assert [workers.shares(n, 2) for n in (5, 1, 0)] == [[3, 2], [1], [0, 0]]
+@pytest.mark.parametrize("count, slots", [(5, [3, 2]), (1, [1]), (0, [1, 1])])
+def test_every_gpu_gets_its_share_of_the_slots_or_finds_its_own_number(count, slots, monkeypatch):
+    class Stub(SimpleNamespace):
+        def answer(self):
+            return None
+
+    monkeypatch.setattr(workers, "WorkerProcess",
+                        lambda _, config, data, slots: Stub(device=config.device, slots=slots))
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
+    pool = Processes(replace(CONFIG, device="cuda"), None, count)
+    assert [(w.device, w.slots) for w in pool.workers] == [
+        (f"cuda:{i}", n) for i, n in enumerate(slots)]
 
 
-def test_the_images_lie_in_memory_that_the_workers_share_if_they_fit(data, pool, monkeypatch):
+def test_the_images_lie_in_memory_that_the_workers_share(data, pool):
     assert all(s.images.is_shared() for s in (data.train, data.validation, data.test))
-    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(RunError, match="/dev/shm has 0 MiB free: use --workers 1"):
-        Processes(CONFIG, data, 2)
 
 
 # Whole runs
