@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_moments(const NormRelu<scala
     Vector<scalar_t> x[kMomentRows];
     walk.read(p.x, x);
     const float more = walk.left < kMomentRows ? static_cast<float>(walk.left) : kMomentRows;
-    const float share = __fdividef(1.f, more);
+    const float share = 1 / more;
     const Weight weight(rows, more);
 #pragma unroll
     for (int k = 0; k < kChannels; ++k) {
