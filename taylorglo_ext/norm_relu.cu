@@ -45,11 +45,11 @@ struct Walk {
     lane = threadIdx.x % lanes;
     channel = (blockIdx.y * lanes + lane) * kVector<scalar_t>;
     inside = channel < p.channels;
-    const int64_t row = int64_t(blockIdx.x) * block_rows + threadIdx.x / lanes;
-    const int64_t rows = int64_t(gridDim.x) * block_rows;
+    const unsigned row = blockIdx.x * block_rows + threadIdx.x / lanes;
+    const unsigned rows = gridDim.x * block_rows;
     left = inside && row < p.rows ? static_cast<int>((p.rows - row - 1) / rows) + 1 : 0;
-    at = row * p.channels + channel;
-    step = rows * p.channels;
+    at = int64_t(row) * p.channels + channel;
+    step = int64_t(rows) * p.channels;
   }
 
   template <int kCount>
@@ -91,8 +91,10 @@ struct Share {
 // What the joining of `more` rows to `rows` multiplies with.
 struct Weight {
   float part, scale;
-  __device__ __forceinline__ Weight(float rows, float more)
-      : part(more > 0 ? more / (rows + more) : 0.f), scale(rows * part) {}
+  __device__ __forceinline__ Weight(float rows, float more) {
+    part = rows > 0 ? __fdividef(more, rows + more) : 1.f;
+    scale = rows * part;
+  }
 };
 
 template <bool kMoments>

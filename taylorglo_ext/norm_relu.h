@@ -47,7 +47,7 @@ struct NormRelu {
   float *running_mean, *running_var;
   float* saved;    // the means and then 1 / standard deviation
   float* records;  // slices * found of them
-  int64_t rows;
+  unsigned rows;
   int channels;
   Layout layout;
   float eps, momentum, unbiased;  // unbiased: rows / (rows - 1)
@@ -62,7 +62,7 @@ struct NormReluBackward {
   const float *weight, *bias, *saved;
   float *dweight, *dbias;
   float* records;
-  int64_t rows;
+  unsigned rows;
   int channels;
   Layout layout;
 };

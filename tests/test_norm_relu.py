@@ -137,7 +137,7 @@ def test_a_variance_that_is_small_beside_the_mean(fused, shape):
     bn = batch_norm(shape[1], momentum=1.0)  # running_var is the variance
     assert_right(bn, x, None, upstream, tolerance=2e-3, tolerance_of_sums=2e-3)
     exact = x.detach().double().var((0, 2, 3))
-    assert_near(bn.running_var, exact, 1e-4)
+    assert_near(bn.running_var, exact, 5e-4)
 
 
 @pytest.mark.cuda
