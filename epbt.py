@@ -47,8 +47,9 @@ from evolution import (
     select_elites,
     tournament,
 )
+from functions import import_name
 from metrics import find_metric, tried_metric
-from models import find_factory, import_name
+from models import find_factory
 from outcome import finish, print_outcome
 from records import Individual, RunFolder, begun, fittest
 from replay import checked_schedule, replay

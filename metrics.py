@@ -9,7 +9,7 @@ import math
 import torch
 
 from errors import ConfigError, RunError, message, nearest
-from models import imported
+from functions import imported
 
 
 def accuracy(logits, labels):

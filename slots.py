@@ -226,6 +226,24 @@ class Turns:
         return ended
 
 
+def serve_slots(config, data, count, pipe):
+    """Evaluate the tasks that come through the pipe, one a slot, a few steps of each in turn. Where
+    count is 0, find out how many slots pay, and tell."""
+    if count:
+        idle = [Slot(config, data) for _ in range(count)]
+    else:
+        idle = worthwhile_slots(config, data)
+        pipe.send(len(idle))
+    turns = Turns()
+    while True:
+        while idle and (not turns.busy or pipe.poll()):
+            slot = idle.pop()
+            turns.begin(slot, slot.evaluate, pipe.recv())
+        for slot, individual in turns.step():
+            pipe.send(individual)
+            idle.append(slot)
+
+
 def rehearse(slots, count):
     """So many training steps of each of these slots, in turn."""
     turns = Turns()

@@ -26,7 +26,6 @@ from errors import RunError, message
 from records import RunFolder
 from server import UNGUARDED, start_server
 from settings import settings
-from slots import Slot, Turns, out_of_memory, worthwhile_slots
 from taylorglo_ext import BackendError
 from training import Task, Trainer
 
@@ -186,31 +185,19 @@ def serve(config, data, slots, pipe):
                 trainer = Trainer(config, data)
                 while True:
                     pipe.send(trainer.evaluate(pipe.recv()))
-            if slots:
-                take_turns([Slot(config, data) for _ in range(slots)], pipe)
-            found = worthwhile_slots(config, data)
-            pipe.send(len(found))
-            take_turns(found, pipe)
+            from slots import serve_slots  # here, as only a GPU needs it
+
+            serve_slots(config, data, slots, pipe)
     except (EOFError, ConnectionError):
         pass  # the parent is gone
     except (RunError, BackendError) as error:
         pipe.send(error)
     except Exception as error:
+        from slots import out_of_memory
+
         if out_of_memory(error):
             sys.exit(OUT_OF_MEMORY)
         raise
-
-
-def take_turns(slots, pipe):
-    """Evaluate the tasks that come through the pipe, one a slot, a few steps of each in turn."""
-    idle, turns = list(slots), Turns()
-    while True:
-        while idle and (not turns.busy or pipe.poll()):
-            slot = idle.pop()
-            turns.begin(slot, slot.evaluate, pipe.recv())
-        for slot, individual in turns.step():
-            pipe.send(individual)
-            idle.append(slot)
 
 
 def keep_freed_memory():

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from errors import ConfigError
+from functions import import_name
 from models import (
     MODELS,
     BasicBlock,
     FoldedResNet,
     PreActivationBlock,
     find_factory,
-    import_name,
     make_model,
 )
 
