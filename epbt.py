@@ -146,7 +146,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
         raise ConfigError("augmentation is for data that are given; else it is in the config")
     config = settled(config)
     clock.lap("import")
-    if config.workers != 1 and config.backend == "processes":
+    if config.workers != 1 and config.backend == "processes" and not in_no_file(config):
         start_server()  # it has imported PyTorch by the time the data is read
     with settings(replace(config, device="cpu")):
         return run(config, train, test, space, report, clock)
@@ -156,7 +156,7 @@ def run(config, train, test, space, report, clock):
     """Carry out a run whose config is settled."""
     clock.lap("loss")
     data = read_data(config, train, test)
-    notes = [f"one worker: {NO_FILE} to have more"] if in_no_file(config) else []
+    notes = [f"in this process alone: {NO_FILE} to have more"] if in_no_file(config) else []
     for line in (cost(config), *data.describe(), *notes):
         report(line)
     tried_metric(config.fitness, data)
@@ -212,9 +212,9 @@ def settled(config):
         raise ConfigError(f"--out {out} must not lie within --dataset {images}, where each folder "
                           "is a class")
     if in_no_file(config):
-        if config.workers > 1 or device != "cpu":
-            raise ConfigError(f"{NO_FILE}, or use workers=1 on a CPU")
-        workers = 1
+        if config.backend == "ray" or (device == "cpu" and config.workers > 1):
+            raise ConfigError(f"{NO_FILE}, or use workers=1")
+        workers = 1 if device == "cpu" else config.workers
     return replace(config, device=device, threads=threads, workers=workers, out=out)
 
 
@@ -228,7 +228,7 @@ def make_pool(config, data):
         from cluster import RayPool  # here, as Ray is an optional requirement
 
         return RayPool(config, data)
-    if config.device == "cpu" and config.workers == 1:
+    if (config.device == "cpu" and config.workers == 1) or in_no_file(config):
         return ThisProcess(config, data)
     return Processes(config, data, config.workers)
 

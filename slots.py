@@ -226,15 +226,30 @@ class Turns:
         return ended
 
 
+def make_slots(config, data, count):
+    """So many slots; for 0, as many as pay."""
+    return [Slot(config, data) for _ in range(count)] or worthwhile_slots(config, data)
+
+
+def in_turns(slots, tasks):
+    """Evaluate tasks, one a slot, a few steps of each in turn. Yields each individual when it is
+    done."""
+    waiting, idle, turns = list(tasks)[::-1], list(slots), Turns()
+    while waiting or turns.busy:
+        while waiting and idle:
+            slot = idle.pop()
+            turns.begin(slot, slot.evaluate, waiting.pop())
+        for slot, individual in turns.step():
+            idle.append(slot)
+            yield individual
+
+
 def serve_slots(config, data, count, pipe):
-    """Evaluate the tasks that come through the pipe, one a slot, a few steps of each in turn. Where
-    count is 0, find out how many slots pay, and tell."""
-    if count:
-        idle = [Slot(config, data) for _ in range(count)]
-    else:
-        idle = worthwhile_slots(config, data)
+    """Evaluate the tasks that come through the pipe in turns. For count 0, tell how many slots
+    there are."""
+    idle, turns = make_slots(config, data, count), Turns()
+    if not count:
         pipe.send(len(idle))
-    turns = Turns()
     while True:
         while idle and (not turns.busy or pipe.poll()):
             slot = idle.pop()

@@ -17,6 +17,7 @@ import threading
 from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import connection, parent_process
 
 import numpy as np
@@ -58,16 +59,21 @@ class Workers:
 
 
 class ThisProcess:
-    """The pool of one worker on the CPU."""
+    """The pool of this process: one worker on the CPU, or the slots of the first GPU."""
 
     def __init__(self, config, data):
         keep_freed_memory()
+        config = replace(config, device=config.device.replace("cuda", "cuda:0"))
         self.settings = ExitStack()
         self.settings.enter_context(settings(config))
-        self.close, self.trainer = self.settings.close, Trainer(config, data)
+        self.close = self.settings.close
+        if config.device == "cpu":
+            self.run = partial(map, Trainer(config, data).evaluate)
+        else:
+            from slots import in_turns, make_slots  # here, as only a GPU needs it
 
-    def run(self, tasks):
-        return map(self.trainer.evaluate, tasks)
+            slots = make_slots(config, data.to(config.device), config.workers)
+            self.run = partial(in_turns, slots)
 
 
 class Processes:

@@ -19,8 +19,9 @@ import slots
 import taylorglo_ext
 from errors import RunError
 from settings import settings
-from slots import Slot, Turns, worthwhile_slots
+from slots import Slot, worthwhile_slots
 from training import Trainer
+from workers import ThisProcess
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,13 +90,9 @@ def slots_of(device, count, model, **given):
 
 def in_turns(some, tasks):
     """The states that the tasks end with, evaluated by these slots in turn."""
-    waiting, idle, turns = [copy.deepcopy(t) for t in tasks], list(some), Turns()
     with settings(some[0].config):  # without it cuDNN may choose kernels that add in any order
-        while waiting or turns.busy:
-            while waiting and idle:
-                slot = idle.pop()
-                turns.begin(slot, slot.evaluate, waiting.pop(0))
-            idle += [slot for slot, _ in turns.step()]
+        done = list(slots.in_turns(some, map(copy.deepcopy, tasks)))
+    assert {m.id for m in done} == {t.individual.id for t in tasks}
     return [state_of(t) for t in tasks]
 
 
@@ -162,6 +159,19 @@ def test_only_what_nothing_else_uses_is_cast():
     (cast[0] * upstream).sum().backward()
     assert torch.equal(weights["conv.weight"].grad, upstream.float())
     assert weights["fc.weight"].grad is None and {t.dtype for t in cast} == {torch.bfloat16}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_notebooks_process_has_the_slots_of_a_gpu(workers, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tasks = [task(tmp_path, i, EVOLVED) for i in range(3)]
+    config = configured("resnet8", device="cuda", deterministic=True, workers=workers)
+    with contextlib.closing(ThisProcess(config, data())) as pool:
+        assert sorted(m.id for m in pool.run(map(copy.deepcopy, tasks))) == [0, 1, 2]
+    found = [state_of(t) for t in tasks]
+    for state, expected in zip(found, in_turns(slots_of("cuda:0", 1, "resnet8"), tasks), strict=True):
+        assert_close(state, expected, rtol=0, atol=0)
 
 
 @small()
