@@ -62,7 +62,8 @@ def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
                 drawn[name] = ax.errorbar(*line, **looks[name])
         column[0].set_title(textwrap.fill(title, int(13 * size[0])))
         column[-1].set_xlabel(xlabel)
-        column[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        column[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        column[-1].set_ylim(top=min(101, column[-1].get_ylim()[1]))  # all of them are percentages
         if zoomed:
             column[0].set_ylim(*zoom([y for _, y, _ in lines.values()]))
     for ax in axes[:, 0]:
