@@ -22,10 +22,6 @@ class Network:
         return ({f"model/{name}": tensor.detach() for name, tensor in named_tensors(self.model)}
                 | {f"momentum/{name}": buffer for name, buffer in self.momentum.items()})
 
-    def load(self, state):
-        """Copy a state of the same names, shapes and dtypes into the tensors. Raises RunError."""
-        load_tensors(self.tensors(), state)
-
 
 def named_tensors(model):
     """(name, tensor) of every parameter and buffer; a shared one has one name."""

@@ -54,7 +54,7 @@ def finish(config, folder, data, report):
     """Write best.pt, the schedule, the report and the summary, if it is not done, and return the
     Outcome."""
     best = fittest(folder.population)
-    model, plan = delivered(config, folder, data, best), schedule(config, data, folder.read_log())
+    model, plan = delivered(config, folder, data, best), schedule(config, data, folder.log)
     n, scores = folder.evaluated(), all_metrics(config, data, model)
     shared = {name: getattr(config, name) for name in ("method", "dataset", "model", "seed")}
     summary = shared | dict(

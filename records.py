@@ -294,9 +294,6 @@ class RunFolder:
         """How many individuals the closed generations have trained: their ids count from 0."""
         return 1 + max((individual.id for individual in self.population), default=-1)
 
-    def read_log(self):
-        return self.log
-
 
 def begun(path):
     """Whether a folder holds a run."""

@@ -102,7 +102,8 @@ class Trainer:
         parent = {} if task.parent is None else load_individual(task.parent)[1]
         average = part(parent, "average", "average")
         if parent:
-            self.network.load({name: t for name, t in parent.items() if name not in average})
+            inherited = {name: t for name, t in parent.items() if name not in average}
+            load_tensors(self.network.tensors(), inherited)
         if self.config.average_weights:
             load_tensors(self.average, average or part(self.network.tensors(), "model", "average"))
         if task.teacher is not None:

@@ -184,6 +184,17 @@ def loss_of(logits, labels, lesson, alpha, h, config):
     return config.add_cross_entropy * cross_entropy + reference_loss(logits, labels, theta, *taught)
 
 
+def captured(step):
+    """A CUDA graph of a step, and what the step returned while it was captured."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        return graph, step()
+
+
 def assert_close(state, expected, **tolerance):
     assert state.keys() == expected.keys()
     for name, t in state.items():

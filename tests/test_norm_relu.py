@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from small import captured
 from torch import nn
 
 import norm_relu as module
@@ -184,18 +185,12 @@ def test_the_same_bits_each_time(fused, with_shortcut):
 def test_a_captured_graph_does_the_same(fused, with_shortcut):
     bn, (x, shortcut, upstream) = batch_norm(16), (numbers((128, 16, 32, 32), seed=seed) for seed in range(3))
     step = partial(fused_step, bn, x, shortcut if with_shortcut else None, upstream)
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     for seed in (4, 5):
         before = [t.clone() for t in bn.buffers()]
         x.data.copy_(numbers(x.shape, seed=seed))
         graph.replay()
-        replayed = [t.clone() for t in [*captured, *bn.buffers()]]
+        replayed = [t.clone() for t in [*results, *bn.buffers()]]
         for buffer, value in zip(bn.buffers(), before, strict=True):
             buffer.copy_(value)
         for result, expected in zip(replayed, [*step(), *bn.buffers()], strict=True):

@@ -144,7 +144,7 @@ def test_a_start_that_fails_costs_nothing(expected, tmp_path):
     started.begin()  # clears the old run
     assert {p.name for p in run.rglob("*")} == {".lock", "config.json", "individuals", "log.jsonl",
                                                 "timing.jsonl"}
-    assert records.read_config(run)["seed"] == 1 and read_log(run) == started.read_log() == []
+    assert records.read_config(run)["seed"] == 1 and read_log(run) == started.log == []
     started.close()
 
 
@@ -155,7 +155,7 @@ def test_a_finished_run_is_left_as_it_is(expected, tmp_path):
     del before[tmp_path / ".lock"]
     assert all((p.read_bytes(), p.stat().st_mtime_ns) == was for p, was in before.items())
     run = RunFolder(tmp_path, CONFIG, resume=True)
-    assert run.finished and run.evaluated() == 9 and run.read_log() == read_log(tmp_path)
+    assert run.finished and run.evaluated() == 9 and run.log == read_log(tmp_path)
     run.close()
     log = tmp_path / "log.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:3]))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import captured
 from test_taylorglo import DTYPES, TOLERANCE, assert_agrees, problem, with_gradient
 
 from taylorglo_ext import load, loss_and_gradient, taylorglo_loss
@@ -80,18 +81,12 @@ def test_gpu_graph_replays_with_new_parameters(poisoned_memory, rows):
         loss = taylorglo_loss(logits, labels, theta, teacher_logits, alpha)
         return loss, torch.autograd.grad(loss, logits)[0]
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     for seed in (1, 2):
         theta.copy_(problem(1, 2, seed=seed)[2])
         alpha.fill_(seed / 3)
         graph.replay()
-        replayed = [t.clone() for t in captured]
+        replayed = [t.clone() for t in results]
         for result, expected in zip(replayed, step(), strict=True):
             assert torch.equal(result, expected)
 
