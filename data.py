@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors, split and measured by `make_data` (Sec. 4)."""
+"""Data sets as uint8 tensors. `make_data` splits them and measures their pixels (Sec. 4)."""
 
 import hashlib
 import math
@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from augmentation import Augmentation, draw_augmentation, make_batch, parse_augmentation
-from augmentation import normalize as normalize  # for those who look for it here
+from augmentation import normalize as normalize  # `as`: users may import it from here
 from errors import DataError, nearest, plain, told
 from folders import prepared, progress, read_folder, refuse_other_classes
 from folders import read_image_folder as read_image_folder
@@ -33,25 +33,25 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
     def part(self, index=slice(None), shift=0):
-        """A copy of the images at `index`, with `shift` zeros on each side, channels last."""
+        """Copy the images at `index`, with `shift` zeros on each side, channels last."""
         images = self.images[index].contiguous(memory_format=torch.channels_last)
         return ImageSet(F.pad(images, [shift] * 4), self.labels[index])
 
 
 @dataclass
 class Data:
-    """A data set as a run uses it. Training images have `augmentation.shift` zeros on each side."""
+    """A data set as a run uses it."""
 
     name: str
     class_names: tuple
-    train: ImageSet
+    train: ImageSet  # its images have augmentation.shift zeros on each side
     validation: ImageSet
     test: ImageSet
-    mean: torch.Tensor  # (C,) float32, of the training images, in units of 0..255
-    std: torch.Tensor  # likewise
+    mean: torch.Tensor  # (C,) float32, of the training images, whose values are 0..255
+    std: torch.Tensor  # (C,) float32, likewise
     augmentation: Augmentation
     train_clean: torch.Tensor | None = None  # (N,) int64: the labels before label noise
-    notes: tuple = ()  # lines of `describe`: what else was done, and what was left out
+    notes: tuple = ()  # further lines for `describe`
 
     num_classes = property(lambda self: len(self.class_names))
     channels = property(lambda self: self.test.images.shape[1])
@@ -63,7 +63,7 @@ class Data:
                                 if hasattr(value, "to")})
 
     def digest(self):
-        """A fingerprint of every image and label, so that a run is not resumed on other data."""
+        """Hash all images and labels: a run must not resume on other data."""
         sha = hashlib.sha256()
         for part in (self.train, self.validation, self.test):
             sha.update(part.images.permute(0, 2, 3, 1).contiguous().numpy())
@@ -71,7 +71,7 @@ class Data:
         return sha.hexdigest()[:16]
 
     def describe(self):
-        """What was read and what is done to it: lines for the start of a run."""
+        """Lines for the start of a run: what the data are and what was done to them."""
         sets = self.train, self.validation, self.test
         counts = [s.labels.bincount(minlength=self.num_classes).tolist() for s in sets]
         classes, rest = list(zip(*counts, self.class_names, strict=True)), ""
@@ -87,22 +87,21 @@ class Data:
 
 DATASETS = {"digits": read_digits, "fashion": read_fashion,
             "fashion-long-tail": read_long_tail, "cifar10": read_cifar10, "svhn": read_svhn}
-CAREFUL = ("flips can turn one class into another, and cutouts can hide what decides; where "
-           'neither does: --augmentation "flip shift cutout"')
+CAREFUL = 'if flips and cutouts cannot change a class, use --augmentation "flip shift cutout"'
 
 
 def load_data(name: str, root="", image_size=32, download=False, augmentation="auto", **settings):
-    """The Data called `name`, one of DATASETS, or that of the folder of images at this path.
+    """Load the data set `name` of DATASETS, or the folder of images at this path, as Data.
 
-    root: where the published files are, or come to; empty: $EPBT_DATA or ./data. image_size: side
-    in pixels to which a folder's images are resized. augmentation: "auto" shifts a folder's images.
-    settings: those of `make_data`. Raises DataError."""
+    root: where the published files are or will be; if empty, $EPBT_DATA or ./data.
+    image_size: a folder's images are resized to this side in pixels.
+    augmentation: "auto" shifts a folder's images. settings: see `make_data`. Raises DataError."""
     with told(f"--data-root {root}"):
         root = Path(root or os.environ.get("EPBT_DATA") or "data").expanduser()
-    folder, usual = os.path.expanduser(name), "none"
+    usual = "none"
     if name in DATASETS:
         train, test, class_names, notes = DATASETS[name](root, download)
-    elif os.path.isdir(folder):
+    elif os.path.isdir(folder := os.path.expanduser(name)):
         train, test, class_names, notes = read_folder(folder, image_size)
         usual = "shift"
     else:
@@ -119,15 +118,15 @@ def load_data(name: str, root="", image_size=32, download=False, augmentation="a
 
 
 def hold_out(images, labels):
-    """Hold out a fifth of each class for the test, at least one image, the same in every run."""
+    """Hold out a fifth of each class, at least one image, as the test: the same in every run."""
     order = in_shares(labels, np.random.default_rng(0).permutation(len(labels)), least=1)
     n = max(len(np.unique(labels)), math.ceil(len(labels) / 5))
     return [(images[part], labels[part]) for part in (np.sort(order[n:]), np.sort(order[:n]))]
 
 
 def in_shares(labels, order, least):
-    """The indices `order` into labels, rearranged: `least` of each class come first, then any
-    first n have each class in its share. The last of each class are at the end."""
+    """Rearrange the indices `order` into labels, so that any first n hold each class in its share,
+    and `least` images of each class come first. The last image of each class is at the end."""
     order = order[np.argsort(labels[order], kind="stable")]
     by_class = labels[order]
     rank = np.arange(len(order)) - np.searchsorted(by_class, by_class)  # within its class
@@ -139,31 +138,31 @@ def in_shares(labels, order, least):
 def make_data(train, test, *, name="custom", class_names=None, seed=0, validation=0.1, enlarge=1,
               augmentation="none", train_on_all=False, limit=0, label_noise=0.0,
               label_noise_kind="uniform", notes=()) -> Data:
-    """Split, enlarge and measure a data set.
+    """Split, enlarge and measure a data set. The random choices depend on `seed` alone.
 
     train, test: (images, labels), tensors or arrays (N, C, H, W) and (N,); or a map-style Dataset
-        of (image, label), read once. Images are uint8, floats in [0, 1] or, in a Dataset, PIL's.
-    class_names: None: those of a Dataset's list `classes`, or else the labels, then 0, 1, ...
-    augmentation: what `parse_augmentation` takes. notes: lines that `Data.describe` repeats.
+        of (image, label). Images are uint8, floats in [0, 1] or, in a Dataset, PIL images.
+    class_names: by default the Dataset's list `classes`, or else the labels 0, 1, ...
+    augmentation: see `parse_augmentation`. notes: lines for `Data.describe`.
     train_on_all: train on the validation images too, as Baseline 1 does (Sec. 4.1).
-    The others are as in Config. `limit` includes the validation images; the test's labels stay
-    right. Each class has its share, and an image at least, in training and in validation. All that
-    is random is a function of `seed`. Raises DataError."""
+    The others are as in Config. Training and validation have each class in its share, at least one
+    image. `limit` counts both. Label noise leaves the test alone. Raises DataError."""
     notes = list(notes)
-    listed = [source.classes for source in (train, test)  # as torchvision's data sets have it
+    listed = [source.classes for source in (train, test)  # torchvision's data sets have such lists
               if isinstance(getattr(source, "classes", None), list | tuple)]
     if listed:
         refuse_other_classes(listed[0], listed[-1], "train.classes and test.classes must agree")
     train, test = read_images(train, "training", notes), read_images(test, "test", notes)
     class_names = check(train, test, class_names or next(iter(listed), None))
     augmentation = parse_augmentation(augmentation, min(train.images.shape[2:]))
-    # Random streams of the seed that nothing else draws from.
+    # Nothing else draws from these three random streams.
     rngs = [np.random.default_rng((seed, 0xDA7A, i)) for i in range(3)]
     order, n = shuffled(train.labels, limit, validation, rngs[0])
-    used, clean = order if train_on_all else order[n:], train.labels
+    used, clean = order if train_on_all else order[n:], None
     if label_noise:
-        train.labels = wrong_labels(clean, order, label_noise, label_noise_kind, len(class_names),
-                                    rngs[2])
+        clean = train.labels[used]
+        train.labels = wrong_labels(train.labels, order, label_noise, label_noise_kind,
+                                    len(class_names), rngs[2])
         notes.append(f"{label_noise:.0%} of the training and validation labels are made wrong "
                      f"({label_noise_kind})")
     mean, std = pixel_statistics(train.images, used)
@@ -174,11 +173,11 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     if train_on_all:
         notes.append("the validation images are trained on as well")
     return Data(name, class_names, train.part(used, augmentation.shift), held_out, test.part(),
-                mean, std, augmentation, clean[used] if label_noise else None, tuple(notes))
+                mean, std, augmentation, clean, tuple(notes))
 
 
 def check(train, test, class_names):
-    """The names of the classes as text. Raises DataError for what does not fit together."""
+    """Return the names of the classes as text. Raises DataError if the parts do not fit."""
     shape, test_shape = (tuple(s.images.shape[1:]) for s in (train, test))
     if shape != test_shape:
         raise DataError(f"the training images are {shape}, but the test images {test_shape}")
@@ -191,31 +190,31 @@ def check(train, test, class_names):
     counts, tests = (s.labels.bincount(minlength=len(names)).tolist() for s in (train, test))
     rare = [i for i, n in enumerate(counts) if n == 1 or n == 0 and tests[i]]
     if rare:
-        raise DataError(f"{len(rare)} of {len(names)} classes, first {names[rare[0]]}, have less "
-                        "than two training images, of which one validates")
+        raise DataError(f"{len(rare)} of {len(names)} classes, first {names[rare[0]]}, have fewer "
+                        "than two training images; one is for validation")
     if found < 2:
         raise DataError("all images are of one class; accepted are two classes or more")
     return names
 
 
 def shuffled(labels, limit, validation, rng):
-    """The indices of the images that are used, those of the validation first, and how many
-    validate. Raises DataError where a class cannot be in each part."""
+    """The indices of the images to use, the validation images first, and the number of these.
+    Raises DataError if a class cannot be in both training and validation."""
     n, classes = len(labels), len(labels.unique())
     limit = limit or n
     validation = max(classes, int(limit * validation)) if validation < 1 else int(validation)
     for option, value, low, high in (("limit", limit, 2 * classes, n),
                                      ("validation", validation, classes, limit - classes)):
         if not low <= value <= high:
-            raise DataError(f"--{option} must be {low} to {high}, so that of {n} images each of "
-                            f"{classes} classes has one in training and in validation, not {value}")
+            raise DataError(f"--{option} must be {low} to {high}, not {value}: of {n} images, each "
+                            f"of {classes} classes needs one for training and one for validation")
     order = in_shares(labels.numpy(), rng.permutation(n), least=2)[:limit]
     return torch.from_numpy(in_shares(labels.numpy(), order, least=1)), validation
 
 
 def wrong_labels(labels, used, share, kind, num_classes, rng):
-    """labels (N,) in which a share of those at the indices `used` is another class: "uniform", each
-    of the others equally often, or "pair", the next one (after the last, the first)."""
+    """Change a share of the labels (N,) at the indices `used` to another class. kind: "uniform"
+    takes all other classes equally often, "pair" the next class (the first after the last)."""
     if not 0 <= share < 1 or kind not in ("uniform", "pair"):
         raise DataError("--label-noise must be at least 0 and below 1, of the kind uniform or pair,"
                         f" not {share!r} {kind!r}")
@@ -226,18 +225,18 @@ def wrong_labels(labels, used, share, kind, num_classes, rng):
 
 def pixel_statistics(images, index):
     """Mean and standard deviation per channel, (C,) float32 each, of images[index]."""
-    # Counting the 256 values is exact, whatever the number of threads.
+    # Counts of the 256 values are exact for any number of threads.
     counts = torch.stack([images[index, c].flatten().bincount(minlength=256)
                           for c in range(images.shape[1])])
     share, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256.0).double()
     mean = share @ values
     std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    return mean.float(), std.clamp(min=1).float()  # a channel of one colour becomes 0, not NaN
+    return mean.float(), std.clamp(min=1).float()  # no division by 0
 
 
 def enlarged(image_set, copies, augmentation, mean, std, rng):
-    """Sec. 4.1: so many copies of every image, each augmented. paper: unspecified: how; as in
-    training, cutout included, and without the originals."""
+    """Augmented copies of every image (Sec. 4.1). paper: unspecified: augment as in training, with
+    cutout, and leave out the originals."""
     n, _, height, width = image_set.images.shape
     padded, index, images = image_set.part(shift=augmentation.shift).images, torch.arange(n), []
     for _ in range(copies):
@@ -248,7 +247,7 @@ def enlarged(image_set, copies, augmentation, mean, std, rng):
 
 
 def read_images(source, part, notes):
-    """The ImageSet of a source of `make_data`; `part` names it in errors and in notes."""
+    """Read `train` or `test` of `make_data`; `part` names it in errors and notes."""
     with told(f"the {part} data ({type(source).__name__})",
               "; accepted are a pair (images, labels), and a map-style Dataset of (image, label)"):
         if isinstance(source, tuple | list) and len(source) == 2:
@@ -258,16 +257,16 @@ def read_images(source, part, notes):
             notes.extend(f"{n} {part} {what}" for what, n in done.items())
         shape = tuple(images.shape)
         channels_last = len(shape) == 4 and shape[3] <= 4 < shape[1]
-        if (len(shape) != 4 or channels_last or 0 in shape or labels.shape != shape[:1]
+        if (len(shape) != 4 or channels_last or 0 in shape or shape[:1] != labels.shape
                 or not torch.can_cast(labels.dtype, torch.int64)):
             raise DataError(f"the shapes are {shape} and {tuple(labels.shape)}, the labels "
-                            f"{labels.dtype}; they must be images (N, channels, height, width) and "
+                            f"{labels.dtype}; accepted are images (N, channels, height, width) and "
                             "whole numbers (N,)")
     return ImageSet(images, labels.long())
 
 
 def read_dataset(dataset):
-    """Images and labels of a map-style Dataset, and how often what was done to PIL images."""
+    """Images, labels, and a Counter of what was done to the PIL images of a map-style Dataset."""
     images, labels, done = [], [], Counter()
     for i in progress(range(len(dataset)), len(dataset), "data set"):
         with told(f"item {i}"):
@@ -282,9 +281,8 @@ def read_dataset(dataset):
 
 
 def as_tensor(array):
-    if isinstance(array, torch.Tensor):
-        return array.cpu()
-    return torch.from_numpy(np.ascontiguousarray(array))
+    is_tensor = isinstance(array, torch.Tensor)
+    return array.cpu() if is_tensor else torch.from_numpy(np.ascontiguousarray(array))
 
 
 def to_uint8(images):

@@ -1,5 +1,5 @@
-"""A folder of images as a data set: FOLDER/<class>/<image>, or FOLDER/train and FOLDER/test of that
-kind. All that is there is read, told as left out, or refused with its number and its first path."""
+"""A folder of images as a data set: FOLDER/<class>/<image>, or FOLDER/train and FOLDER/test with
+such folders of classes. Each file is read, refused, or reported as left out."""
 
 import os
 import re
@@ -13,18 +13,20 @@ from tqdm.auto import tqdm
 
 from errors import DataError, message, told
 
-ACCEPTED = ("accepted are FOLDER/<class>/<image>, or a FOLDER/train and a FOLDER/test of that kind "
-            "and no other; validation images are taken from the training images")
+ACCEPTED = ("accepted are FOLDER/<class>/<image>, or FOLDER/train/<class>/<image> with "
+            "FOLDER/test/<class>/<image>; validation images are taken from the training images")
 TEXTS = {f".{kind}" for kind in "csv db html ini json log md py tsv txt xml yaml yml".split()}
 SPLITS = {"train": r"\btrain|train(ing)?\b", "test": r"\btest|test(ing)?\b", "other":
           r"\b(val(id\w*)?(set|data|images?)?|eval\w*|dev(set)?|hold ?out\w*|un-?labell?ed|unsup\w*"
           r"|pred(ict\w*)?|infer\w*|samples?|extra|query|gallery|probe|folds?|splits?)\b"}
-DEEP = r";16[BLN]|SGI16|'ppm.*, (25[6-9]|2[6-9]\d|[3-9]\d\d|\d{4,})\)"  # in Pillow's words
+DEEP = r";16[BLN]|SGI16|'ppm.*, (25[6-9]|2[6-9]\d|[3-9]\d\d|\d{4,})\)"  # as Pillow describes it
 
 
 def read_folder(folder, size):
-    """(images, labels) to train on, the same for the test or None, the names of the classes, and
-    lines that say what was done and left out. Images become size x size. Raises DataError."""
+    """Read the images of a folder and resize them to size x size. Raises DataError.
+
+    Returns (images, labels) for training, the same for the test or None, the names of the classes,
+    and lines that say what was done and left out."""
     intake, tested = Intake(folder), None
     train, test = intake.layout(folder)
     lines = [f"images are resized to {size}x{size} pixels in RGB"]
@@ -39,14 +41,14 @@ def read_folder(folder, size):
 
 
 def refuse_other_classes(train, test, demand):
-    """Raise DataError where the names of the classes differ; it begins with what is demanded."""
+    """Raise DataError, which begins with `demand`, if the names of the classes differ."""
     if list(train) != list(test):
         apart = sorted(set(map(str, train)) ^ set(map(str, test)))
         raise DataError(f"{demand}; only one of them has {', '.join(apart) or 'their order'}")
 
 
 def read_image_folder(folder, size, intake=None):
-    """Images (N, 3, size, size) uint8, labels (N,) int64 and the names of the classes."""
+    """Returns images (N, 3, size, size) uint8, labels (N,) int64 and the names of the classes."""
     intake = intake or Intake(folder)
     entries = list(intake.entries(folder))
     beside = [e.name for e in entries if not e.is_dir()]
@@ -57,29 +59,29 @@ def read_image_folder(folder, size, intake=None):
         if names:
             raise DataError(f"{folder} has {len(names)} {what}, first {names[0]}; {ACCEPTED}")
     if len(found) < 2:
-        raise DataError(f"{folder} has {len(found)} classes, where two are the least; {ACCEPTED}")
+        raise DataError(f"{folder} has {len(found)} classes, but needs two or more; {ACCEPTED}")
     labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
     return intake.decode(sum(found.values(), []), size), labels, tuple(found)
 
 
 def split_of(name):
-    """The key of SPLITS that a folder's name suggests, with any affixes, in any case; or None."""
+    """The key of SPLITS that a folder's name suggests, or None. Case and affixes do not matter."""
     words = " ".join(re.findall("[a-z]+", re.sub("(?<=[a-z])(?=[A-Z])", " ", name).lower()))
     kinds = [kind for kind, pattern in SPLITS.items() if re.search(pattern, words)]
     return kinds[0] if len(kinds) == 1 else "other" if kinds else None
 
 
 class Intake:
-    """What is found in one folder. Each real file counts once, however many links lead to it."""
+    """The files of one folder. A file counts once, however many links lead to it."""
 
     def __init__(self, root):
         real = Path(os.path.realpath(root))
-        # The class's folder for each real path. No class may have the root or what is above it.
+        # {real path: folder of its class}. No class may contain the root or a folder above it.
         self.owners = dict.fromkeys(map(str, (real, *real.parents)), root)
-        self.notes = defaultdict(set)  # what was done, and with which paths
+        self.notes = defaultdict(set)  # {what was done: paths}
 
     def entries(self, folder):
-        """The entries of a folder in the order of their names, without hidden ones and texts."""
+        """The entries of a folder by name, without hidden files and texts."""
         with told(f"cannot read the folder {folder}"):
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
                 text = entry.is_file() and Path(entry.name).suffix.lower() in TEXTS
@@ -88,10 +90,10 @@ class Intake:
                 elif entry.is_dir() or entry.is_file():
                     yield entry
                 else:
-                    raise DataError(f"{entry.name} is no file and no folder, or leads to nothing")
+                    raise DataError(f"{entry.name} is a broken link, or neither file nor folder")
 
     def layout(self, folder):
-        """The folders to train on and for the test, which is None where there are no splits."""
+        """The folders of the training images and of the test, which is None without splits."""
         entries, kinds, nested = list(self.entries(folder)), {}, {}
         for e in filter(os.DirEntry.is_dir, entries):
             kinds[e.name], inner = split_of(e.name), list(self.entries(e.path))
@@ -104,13 +106,13 @@ class Intake:
                 self.notes["files beside the folders left out"] = beside
             test, train = (os.path.join(folder, name) for name in sorted(kinds, key=kinds.get))
             return train, test
-        if are_splits or len(set(within)) < len(within):  # or they have subfolders of equal names
+        if are_splits or len(set(within)) < len(within):  # two subfolders have one name
             raise DataError(f"{folder} has the subfolders {', '.join(splits or nested)}, which "
                             f"look like parts of a data set, not like classes; {ACCEPTED}")
         return folder, None
 
     def files(self, path, owner):
-        """The paths of the files at and below a path in a class's folder, the owner."""
+        """The files at and below a path. owner: the folder of their class."""
         real = os.path.realpath(path)
         if real not in self.owners:
             self.owners[real] = owner
@@ -122,11 +124,11 @@ class Intake:
         elif self.owners[real] == owner:
             self.notes["links left out, as what they lead to is read already"].add(path)
         else:
-            raise DataError(f"{path} is also in {self.owners[real]}: an image must be in one class "
-                            "alone, and not in both train and test")
+            raise DataError(f"{path} is also in {self.owners[real]}: an image must not be in two "
+                            "classes, or in both train and test")
 
     def decode(self, paths, size):
-        """The images (N, 3, size, size) uint8 at the paths."""
+        """Read the images at the paths: (N, 3, size, size) uint8."""
         images, refused = np.empty((len(paths), size, size, 3), dtype=np.uint8), []
 
         def decode(i):
@@ -148,13 +150,13 @@ class Intake:
 
 
 def prepared(image):
-    """A PIL image as people see it, in grey (mode L) or RGB, and a list of what was done for that.
-    Raises DataError for more than 8 bits a channel, of which Pillow would keep one byte."""
+    """Turn a PIL image into grey (mode L) or RGB as people see it. Returns it, and a list of what
+    was done. Raises DataError for more than 8 bits a channel, as Pillow would keep only 8."""
     if image.mode[0] in "IF" or re.search(DEEP, str(getattr(image, "tile", ""))):
-        raise DataError(f"it has more than 8 bits a channel, as Pillow's mode {image.mode}")
+        raise DataError(f"it has more than 8 bits a channel (Pillow's mode {image.mode})")
     done = []
     if getattr(image, "n_frames", 1) > 1:
-        done.append("images have several frames, of which the first is read")
+        done.append("images have several frames; only the first is read")
     if image.getexif().get(0x0112, 1) in range(2, 9):
         image = ImageOps.exif_transpose(image)
         done.append("images turned upright by their EXIF data")

@@ -1,5 +1,5 @@
-"""The data sets that are published: of Section 4, and two that are at hand. Each reader returns
-((images, labels), the same for the test or None, class names, lines for people)."""
+"""The published data sets: those of Section 4 and three small ones. Each reader returns
+(images, labels) for training, the same for the test or None, class names, and lines for people."""
 
 import gzip
 import hashlib
@@ -12,8 +12,8 @@ from errors import DataError, told
 
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
            "Bag", "Ankle boot")  # Fashion-MNIST's classes
-DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
-FASHION = {  # the MD5 of each file's content, as MNIST's files have the same names
+DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+FASHION = {  # MD5 of the unpacked content; MNIST's files have the same names
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
     "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
@@ -22,13 +22,13 @@ FASHION = {  # the MD5 of each file's content, as MNIST's files have the same na
 
 
 def published(title, how):
-    """Whatever goes wrong within is told in one line, with what people can do about it."""
+    """Turn any error within into one line that says what to do."""
     return told(title, f"; run with --download, or {how}; --data-root or EPBT_DATA name another "
                 "folder")
 
 
 def read_digits(root, download):
-    """The 1,797 digits of scikit-learn, 8x8, from its file, since its import takes a second."""
+    """The 1,797 digits, 8x8, from scikit-learn's file: to import scikit-learn takes a second."""
     (package,) = importlib.util.find_spec("sklearn").submodule_search_locations
     with gzip.open(Path(package, "datasets", "data", "digits.csv.gz"), "rt") as file:
         table = np.loadtxt(file, dtype=np.int64, delimiter=",")  # 64 pixels, 0..16, and the label
@@ -37,7 +37,7 @@ def read_digits(root, download):
 
 
 def read_fashion(root, download):
-    """Fashion-MNIST in torchvision's layout, as the four files alone, or from Debian's package."""
+    """Fashion-MNIST from torchvision's folders, from root itself, or from Debian's package."""
     folders = (root / "FashionMNIST" / "raw", root, DEBIAN_FASHION)
 
     def find(name):
@@ -47,7 +47,7 @@ def read_fashion(root, download):
     with published("Fashion-MNIST", "install Debian's package dataset-fashion-mnist, or put the "
                    f"*-ubyte.gz of https://github.com/zalandoresearch/fashion-mnist into {root}"):
         if download and not all(map(find, FASHION)):
-            from torchvision.datasets import FashionMNIST  # here, since its import takes a second
+            from torchvision.datasets import FashionMNIST  # slow to import
 
             FashionMNIST(root, download=True)
         if missing := [name for name in FASHION if not find(name)]:
@@ -58,8 +58,8 @@ def read_fashion(root, download):
 
 
 def read_long_tail(root, download):
-    """Fashion-MNIST with 6,000 training images of the first class, 4,112 of the second, and so on
-    in equal ratios, down to 200 of the last."""
+    """Fashion-MNIST with 6,000 training images of the first class, 4,112 of the second, and so on,
+    each class in the same ratio to the one before, down to 200 of the last."""
     (images, labels), *rest = read_fashion(root, download)
     kept = np.concatenate([np.flatnonzero(labels == c)[: round(6000 * (1 / 30) ** (c / 9))]
                            for c in range(len(CLOTHES))])
@@ -67,7 +67,7 @@ def read_long_tail(root, download):
 
 
 def read_idx(path, md5):
-    """Images (N, 1, 28, 28) or labels (N,) uint8 of one of Fashion-MNIST's files."""
+    """Read a file of Fashion-MNIST: images (N, 1, 28, 28) or labels (N,), uint8."""
     read = gzip.open if path.suffix == ".gz" else open
     with told(f"cannot read {path}"), read(path, "rb") as file:
         content = file.read()
@@ -89,7 +89,7 @@ def read_cifar10(root, download):
 
 
 def read_svhn(root, download):
-    """SVHN; its training images are those of train and extra together (Sec. 4.2)."""
+    """SVHN. It trains on the splits train and extra together (Sec. 4.2)."""
     from torchvision.datasets import SVHN
 
     with published("SVHN", "put train_32x32.mat, extra_32x32.mat and test_32x32.mat of "

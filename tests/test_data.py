@@ -114,7 +114,7 @@ def test_each_class_has_its_share_of_each_part(counts, share):
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"validation": 9}, "--validation must be 10 to 190, so that of 200 images each of 10 classes"),
+    ({"validation": 9}, "10 to 190, not 9: of 200 images, each of 10 classes needs one for training"),
     ({"validation": 191}, "--validation must be 10 to 190"),
     ({"validation": 50, "limit": 50}, "--validation must be 10 to 40"),
     ({"limit": 201}, "--limit must be 20 to 200"), ({"limit": 19}, "--limit must be 20 to 200"),
@@ -205,7 +205,7 @@ def test_class_names():
     named = make_data(gaps, gaps, class_names=["no", *"abcdef", "y\ne\udce9s"])
     assert named.num_classes == 8 and named.class_names[7] == "y\\ne\\udce9s"
     assert "no [18, 2, 20]; a [0, 0, 0]; b" in named.describe()[1]
-    words = "1 of 8 classes, first b, have less than two training images"
+    words = "1 of 8 classes, first b, have fewer than two training images"
     assert words in error_line(make_data, gaps, (images, labels % 2 * 2), class_names="nabcdefy")
 
 
@@ -241,7 +241,7 @@ def broken(item_13):
     ((IMAGES, LABELS + 1), "the labels are 0 to 10, 10 classes"),
     ((IMAGES, LABELS * 10**9), "the labels are 0 to 9000000000, 10 classes"),
     ((IMAGES, LABELS * 0), "the labels are 0 to 9, 1 classes in training; accepted are 0 to 0"),
-    (numbered(19), "1 of 10 classes, first 9, have less than two training images"),
+    (numbered(19), "1 of 10 classes, first 9, have fewer than two training images"),
     (Listed([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], [0, 1]), "[3, 8, 9] at entry 1"),
     (Listed([], []), "(0,)"), (Listed(["a"], [0]), "item 0: TypeError"),
     (None, "(NoneType): TypeError"), (torch.from_numpy(IMAGES), "(Tensor): item 0: ValueError"),

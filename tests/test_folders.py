@@ -62,7 +62,7 @@ def test_what_is_told(tmp_path):
                   f"{tmp_path}/Training_Set is trained on, {tmp_path}/test2 is the test",
                   f"4 hidden files and texts left out, first {tmp_path}/LICENSE.md",
                   f"1 files beside the folders left out, first {tmp_path}/cover",
-                  f"1 images have several frames, of which the first is read, first {film}",
+                  f"1 images have several frames; only the first is read, first {film}",
                   '--augmentation "flip shift cutout"', "are resized to 32x32 pixels in RGB",
                   "2 augmented copies of each of 3", "validation images are trained on as well"):
         assert words in lines, words
@@ -126,7 +126,7 @@ def test_rare_classes(tmp_path, counts, rare):
     for i, n in enumerate(counts):  # one class may have the name of a split
         write_folder(tmp_path, ["train" if i == len(counts) - 1 else f"c{i:02}"], n, (i, i, i))
     if rare:
-        assert "first train, have less than two training images" in refused(tmp_path)
+        assert "first train, have fewer than two training images" in refused(tmp_path)
     for seed in range(0 if rare else 3):
         found = load_data(str(tmp_path), seed=seed)
         for image_set in (found.train, found.validation, found.test):
@@ -212,8 +212,8 @@ def test_images_of_any_extension(tmp_path):
     ("blue/self", ".", 1), ("blue/latest.png", "0.png", 1), ("blue/also.png", "../.store/x.png", 0),
     ("blue/more", "../../elsewhere", 0), ("blue/up", "..", "blue/up is also in "),
     ("blue/out", "../..", "blue/out is also in "), ("blue/other", "../red", "red is also in "),
-    ("blue/broken.png", "gone.png", "broken.png is no file and no folder, or leads to nothing"),
-    ("blue/loop", "loop", "blue: "), ("grey", "gone", "grey is no file and no folder"),
+    ("blue/broken.png", "gone.png", "broken.png is a broken link, or neither file nor"),
+    ("blue/loop", "loop", "blue: "), ("grey", "gone", "grey is a broken link"),
     ("grey", "red", "is also in "), ("alpha", "red", "is also in ")])
 def test_links(tmp_path, link, target, words):
     folder = tmp_path / "images"
@@ -230,10 +230,10 @@ def test_links(tmp_path, link, target, words):
 
 
 @pytest.mark.parametrize("made, words", [
-    ("rm -r red blue", "images has 0 classes, where two are the least; accepted are FOLDER/<clas"),
+    ("rm -r red blue", "images has 0 classes, but needs two or more; accepted are FOLDER/<clas"),
     ("rm -r blue", "images has 1 classes"), ("touch 0.png", "has 1 files beside the folders of "),
     ("mkdir green; touch green/a.txt", "images has 1 classes without an image, first green; "),
-    ("mkfifo red/pipe", "pipe is no file and no folder"), ("mkdir red/closed", "PermissionError: "),
+    ("mkfifo red/pipe", "pipe is a broken link, or neither"), ("mkdir red/closed", "PermissionError: "),
 ])
 def test_folders_that_cannot_be_used(tmp_path, monkeypatch, made, words):
     write_folder(tmp_path / "images", ["red", "blue"])
