@@ -1,12 +1,12 @@
-"""A run's folder: everything that a run computes, safe from a kill at any instant.
+"""A run's folder. A kill at any instant loses no generation that is closed.
 
-    config.json    what is run
-    log.jsonl      one line a generation with every individual; the line closes the generation
-    individuals/   ID.safetensors: record, behaviour and state of each of the last two generations
-    timing.jsonl   one line a generation: its seconds
+    config.json    the settings of the run
+    log.jsonl      a line for each generation, with every individual; it closes the generation
+    individuals/   ID.safetensors: record, behaviour and state, of the last two generations
+    timing.jsonl   a line for each generation: its seconds
 
-The caller adds best.pt, schedule.json, the figures and at last summary.json. What a run reads back
-carries a checksum: the SHA-256 of all other bytes of a file or, in the log, of a line.
+The caller adds best.pt, schedule.json, the figures and, as the last file, summary.json. The files
+that a run reads again carry a checksum: the SHA-256 of the other bytes, in the log of each line.
 """
 
 import fcntl
@@ -29,26 +29,26 @@ FOR_PEOPLE = ("log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.
               *(f"{name}.{kind}" for name in ("curves", "lineage", "losses", "schedule")
                 for kind in ("png", "svg")))
 MARK, DIGITS = b"sha256:", 64  # the checksum follows the first mark
-BEHAVIOUR = "individual/correct"  # a tensor beside those of the state
+BEHAVIOUR = "individual/correct"  # the name of this tensor among those of the state
 TRAINED = "individuals/" + 6 * "[0-9]" + "*.safetensors"
 
 
 class DamagedFile(RunError):
-    """The bytes are not those that were written."""
+    """A file or a line is missing, or its bytes are not the ones that were written."""
 
 
 @dataclass
 class Individual:
-    """M_gi of Sec. 3.1, its weights left on disk: what it is and, once evaluated, how good."""
+    """M_gi of Sec. 3.1: what it is and, once evaluated, how good. Its weights stay on disk."""
 
     id: int
     generation: int  # in which it was trained
     hyperparameters: dict[str, float]
-    parent: int | None = None  # whose weights and hyperparameters it started from; None: fresh
-    mate: int | None = None  # who gave hyperparameters in crossover
-    teacher: int | None = None  # whose predictions it was distilled from
+    parent: int | None = None  # gave it weights and hyperparameters; None: it starts anew
+    mate: int | None = None  # gave it hyperparameters in crossover
+    teacher: int | None = None  # taught it by distillation
     fitness: float = 0.0  # validation accuracy
-    test_accuracy: float = 0.0  # for comparison only: nothing is ever chosen by it
+    test_accuracy: float = 0.0  # for comparison only: it never decides anything
     loss: float | None = None  # mean training loss of the last epoch; None: not finite
     diverged: bool = False
     applied: dict | None = None  # what training applied: learning_rate by epoch, theta, momentum...
@@ -56,17 +56,17 @@ class Individual:
     correct: np.ndarray | None = field(default=None, repr=False)  # (images,) bool: its behaviour
 
     def record(self):
-        """Everything but the behaviour, as JSON has it: None for what is not finite."""
+        """All fields but the behaviour, as JSON; numbers that are not finite become None."""
         text = json.dumps({name: value for name, value in vars(self).items() if name != "correct"})
         return json.loads(text, parse_constant=lambda name: None)
 
     def lineage(self):
-        """What was decided before training: with the run's config, this determines the result."""
+        """What was decided before training. It determines the result, given the run's config."""
         return self.id, self.generation, self.parent, self.mate, self.teacher, self.hyperparameters
 
 
 def rank(m):
-    """Sort key of individuals or their records: not diverged, fitness, age; no test accuracy."""
+    """Sort key of an individual or its record: the diverged last, then by fitness, then by age."""
     m = m if isinstance(m, dict) else vars(m)
     return not m["diverged"], m["fitness"], -m["id"]
 
@@ -76,7 +76,7 @@ def fittest(population):
 
 
 def ancestry(log):
-    """Log records from the first ancestor to the fittest of the last generation (Sec. 5.3)."""
+    """The records from the first ancestor to the fittest of the last generation (Sec. 5.3)."""
     everyone = {member["id"]: member for line in log for member in line["population"]}
     line = [fittest(log[-1]["population"])]
     while line[-1]["parent"] is not None:
@@ -97,12 +97,12 @@ def one_line(action):
 
 
 def write_atomic(path, data):
-    """Write all of data (bytes) or nothing. Raises RunError."""
+    """Write all of the bytes or nothing. Raises RunError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with one_line(f"write {path}"):
         _write(temporary, "wb", data)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name, too, must be on the disk
+        folder = os.open(path.parent, os.O_RDONLY)  # put the new name on the disk too
         os.fsync(folder)
         os.close(folder)
 
@@ -120,34 +120,34 @@ def _read(path):
 
 
 def _stamped(data):
-    """The same bytes with their checksum after the mark; others if they have no mark."""
+    """The same bytes, with the right checksum after the mark. Bytes without a mark change."""
     before, mark, after = data.partition(MARK)
     before, after = before + mark, after[DIGITS:]
     return before + hashlib.sha256(before + after).hexdigest().encode() + after
 
 
 def sealed(content, indent=None):
-    """A dict as a line of JSON, in bytes, that begins with its checksum."""
+    """A dict as JSON in bytes, which begins with its checksum and ends in a newline."""
     content = {"checksum": MARK.decode() + "0" * DIGITS, **content}
     return _stamped((json.dumps(content, indent=indent) + "\n").encode())
 
 
 def unsealed(data, name):
-    """The dict that `sealed` wrote, or one of before checksums. Raises DamagedFile."""
+    """The dict that `sealed` wrote; older files have no checksum. Raises DamagedFile."""
     try:
         if (b'"checksum"' in data or MARK in data) and _stamped(data) != data:
             raise ValueError("its checksum does not match")
         content = dict(json.loads(data))
         content.pop("checksum", None)
         return content
-    except Exception as error:  # also RecursionError, for instance
+    except Exception as error:  # damaged JSON can raise RecursionError too
         raise DamagedFile(f"{name} is damaged: {error}") from error
 
 
 def save_individual(path, individual, state):
-    """Write an evaluated individual and its state: contiguous CPU tensors by name, none of which
+    """Write an evaluated individual and its state: contiguous CPU tensors by name, which must not
     share memory. Raises RunError."""
-    import torch  # here, since the figures do without it
+    import torch  # here: the figures must not need PyTorch
     from safetensors.torch import save
 
     turned = [name for name, t in state.items() if t.is_complex()]
@@ -158,8 +158,8 @@ def save_individual(path, individual, state):
 
 
 def load_individual(path):
-    """(individual, state) as saved, with names in another order. Raises DamagedFile for a missing
-    file or any other content. Runs no code."""
+    """Returns (individual, state) as saved; the order of the state's names may differ. Raises
+    DamagedFile. Never runs code from the file."""
     import torch
     from safetensors.torch import load
 
@@ -171,19 +171,19 @@ def load_individual(path):
         about, state = json.loads(header["__metadata__"]["individual"]), load(data)
         individual = Individual(**about["record"], correct=state.pop(BEHAVIOUR).numpy())
         return individual, state | {n: torch.view_as_complex(state[n]) for n in about["complex"]}
-    except Exception as error:  # whatever hostile bytes with a right checksum can raise
+    except Exception as error:  # hostile bytes with a right checksum can raise anything
         reason = getattr(error, "strerror", None) or error
         raise DamagedFile(f"{path} is damaged or missing: {reason}") from error
 
 
 class RunFolder:
-    """The folder of one run, held by one process at a time. Opening it makes the folder and its
-    lock, and changes nothing else before `begin`.
+    """The folder of one run. Only one process at a time can hold it. To open it makes the folder
+    and its lock, and changes nothing else before `begin`.
 
-    log: the closed generations; population: as the last of them left it, or []."""
+    log: the closed generations; population: that of the last one, or []."""
 
     def __init__(self, path, config, resume=False, overwrite=False):
-        """config: a dict with all that determines the result. Raises RunError."""
+        """config: a dict of all settings that determine the result. Raises RunError."""
         self.path, self.config = Path(path), json.loads(json.dumps(config))
         self.individuals, self.fresh = self.path / "individuals", overwrite or not resume
         self.log, self.population = [], []
@@ -209,8 +209,8 @@ class RunFolder:
             raise
 
     def _restore(self):
-        """Read log and population; without the last generation if that is damaged, so that it is
-        evaluated again from its parents."""
+        """Read the log and the population. If the last generation is damaged, drop it: the run
+        evaluates it again from its parents."""
         errors = []
         for end in (None, -1):
             try:
@@ -219,11 +219,10 @@ class RunFolder:
                 break
             except DamagedFile as error:
                 errors.append(str(error))
-        else:
+        if len(errors) == 2:
             raise RunError(f"{self.path} cannot be resumed: {'; '.join(dict.fromkeys(errors))}")
-        if errors:
-            print(f"{errors[0]}; going back to the end of generation {len(self.log)}",
-                  file=sys.stderr)
+        for error in errors:
+            print(f"{error}; going back to the end of generation {len(self.log)}", file=sys.stderr)
 
     def _load(self, member):
         path = self.individual_path(member["id"])
@@ -236,16 +235,16 @@ class RunFolder:
 
     @property
     def finished(self):
-        """Whether all generations are closed and summary.json, the last file of a run, is there."""
+        """Whether all generations are closed and the last file, summary.json, is there."""
         closed = self.generations == self.config.get("generations")
         return closed and (self.path / "summary.json").exists()
 
     def begin(self):
-        """Clear the run that this one replaces, or what an interruption left of this one. To be
-        called once, when nothing can keep the run from starting, and not if it is `finished`."""
+        """Delete the run that this one replaces, or the remains of an interruption. Call it once,
+        when nothing else can stop the run from starting, and never if it is `finished`."""
         with one_line(f"write to {self.path}"):
             self.individuals.mkdir(exist_ok=True)
-            # Until config.json is replaced, what is left of an old run can go on as the old run.
+            # A kill before config.json is replaced leaves the old run, which can then go on.
             for path in self._files(".*.tmp", "individuals/.*.tmp", "summary.json",
                                     *((*FOR_PEOPLE, TRAINED) if self.fresh else ())):
                 path.unlink(missing_ok=True)
@@ -256,7 +255,7 @@ class RunFolder:
         self.clock = time.perf_counter()
 
     def close(self):
-        self.lock.close()  # for the next run of this process
+        self.lock.close()
 
     def _files(self, *patterns):
         return [path for pattern in patterns for path in self.path.glob(pattern)]
@@ -265,7 +264,7 @@ class RunFolder:
         return self.individuals / f"{id:06d}.safetensors"
 
     def recall(self, individual):
-        """The same individual as an interrupted run already evaluated it, or None."""
+        """The same individual if an interrupted run has evaluated it already, else None."""
         path = self.individual_path(individual.id)
         try:
             found = load_individual(path)[0] if path.exists() else None
@@ -275,7 +274,7 @@ class RunFolder:
         return found if found and found.lineage() == individual.lineage() else None
 
     def record(self, generation, population, elites=()):
-        """Close a generation, and delete the individuals that are in neither of the last two."""
+        """Close a generation. Keep only the individuals of the last two."""
         elites = {individual.id for individual in elites}
         members = [{**m.record(), "elite": m.id in elites} for m in population]
         line, now = {"generation": generation, "population": members}, time.perf_counter()
@@ -291,7 +290,7 @@ class RunFolder:
                     path.unlink()
 
     def evaluated(self):
-        """How many individuals the closed generations have trained: their ids count from 0."""
+        """The number of individuals that the closed generations have trained; ids start at 0."""
         return 1 + max((individual.id for individual in self.population), default=-1)
 
 
@@ -308,18 +307,18 @@ def read_config(path):
 
 
 def read_log(path, end=None):
-    """The closed generations of a run: the lines of its log as dicts. Raises RunError."""
+    """The lines of a run's log as dicts, one for each closed generation. Raises RunError."""
     return [unsealed(line, f"line {i} of {path}/log.jsonl")
             for i, line in enumerate(_lines(path, "log.jsonl")[:end], 1)]
 
 
 def _lines(path, name):
-    """The whole lines in a file of a run. An interruption can leave half a line after them."""
+    """The whole lines of a file. An interruption can leave half a line, which is dropped."""
     file = Path(path) / name
     data = _read(file) if file.exists() else b""
     return [line + b"\n" for line in data.split(b"\n")[:-1]]
 
 
 def differing(old, new):
-    """The names of the settings that two configs have not alike."""
+    """The names of the settings in which two configs differ."""
     return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
