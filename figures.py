@@ -1,8 +1,8 @@
-"""Tables 1 and 2 and Figures 2 to 6 of the paper, from run folders alone.
+"""Makes Tables 1 and 2 and Figures 2 to 6 of the paper from run folders.
 
     python figures.py --out results/NAME RUN ...
 
-writes the tables into README.md, the pictures, runs.csv and logs.tar.gz. report.py draws one run.
+writes README.md with the tables, the pictures, runs.csv and logs.tar.gz. report.py draws one run.
 """
 
 import csv
@@ -35,7 +35,7 @@ $(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)." """
 
 
 def grid(rows, columns, size, title="", **options):
-    """A figure of panels of a size in inches, and their axes, of shape (rows, columns)."""
+    """A figure of panels, and their axes of shape (rows, columns). size: of a panel in inches."""
     width = max(4.6, size[0] * columns + 0.6)
     figure = Figure((width, size[1] * rows + 0.6), layout="constrained")
     figure.suptitle(textwrap.fill(title, int(13 * width)))
@@ -43,14 +43,14 @@ def grid(rows, columns, size, title="", **options):
 
 
 def add_legend(figure, drawn, title=None):
-    """One legend for all axes, of drawn = {label: artist}, in as many columns as have room."""
+    """Add one legend for all axes. drawn: {label: artist}."""
     columns = int(figure.get_figwidth() / (0.6 + 0.065 * max(map(len, drawn)))) or 1
     figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=columns, title=title)
 
 
 def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
-    """Lines with error bars, a column a panel; where zoomed is true, once more above, zoomed in.
-    panels: {title: {label: (x, y, error)}}; a line that is None is left out."""
+    """Draw lines with error bars, a column for each panel; if zoomed, also a row above, zoomed in.
+    panels: {title: {label: (x, y, error), or None for no line}}."""
     drawn, names = {}, dict.fromkeys(name for lines in panels.values() for name in lines)
     looks = dict(zip(names, cycle(matplotlib.rcParams["axes.prop_cycle"]), strict=False))
     size = (3.2, 2.6) if len(panels) > 1 else (4.6, 2.8)
@@ -63,7 +63,7 @@ def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
         column[0].set_title(textwrap.fill(title, int(13 * size[0])))
         column[-1].set_xlabel(xlabel)
         column[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-        column[-1].set_ylim(top=min(101, column[-1].get_ylim()[1]))  # all of them are percentages
+        column[-1].set_ylim(top=min(101, column[-1].get_ylim()[1]))  # these are percentages
         if zoomed:
             column[0].set_ylim(*zoom([y for _, y, _ in lines.values()]))
     for ax in axes[:, 0]:
@@ -73,7 +73,7 @@ def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
 
 
 def zoom(lines):
-    """A range that shows the later part of all lines but those that end far below the others."""
+    """Limits of y that show the later part of the lines. Lines that end far below are left out."""
     ends, high = [line[-1] for line in lines], max(line.max() for line in lines)
     far_below = max(ends) - 3 * (max(ends) - median(ends))
     low = min(line[int(0.6 * len(line)):].min() for line in lines if line[-1] >= far_below)
@@ -82,15 +82,16 @@ def zoom(lines):
 
 
 def over_noise(levels, name):
-    """A row's shares of wrong labels, and the mean and standard deviation of its accuracy there."""
+    """Three lists for a row: shares of wrong labels, and mean and standard deviation of the
+    accuracy there."""
     points = [(100 * noise, np.mean(x), np.std(x, ddof=min(1, len(x) - 1)))
               for noise, rows in levels.items() if (x := [*final(rows.get(name, [])).values()])]
     return list(zip(*points, strict=True))
 
 
 def binary_loss(theta, y):
-    """Eq. 2 as the binary classification loss of Sec. 5.3: labels x = (1, 0), predictions
-    (y, 1 - y), n = 2. theta: eight numbers; y: any shape, and so is what is returned."""
+    """Eq. 2 for two classes (Sec. 5.3): labels x = (1, 0), predictions (y, 1 - y), n = 2.
+    theta: eight numbers; y: an array. Returns an array of its shape."""
     t, total = theta, 0
     for x, p in ((1, y), (0, 1 - y)):
         a, b = p - t[1], x - t[0]
@@ -100,9 +101,9 @@ def binary_loss(theta, y):
 
 
 def figure_losses(runs, title):
-    """Figure 5: the losses of the final best individual's ancestry, early ones dark, a panel a run,
-    and cross-entropy in the last. Each is drawn as its difference from its value at y = 1: Eq. 2
-    has a constant part, which trains nothing and would hide the shapes."""
+    """Figure 5: the losses of the final best individual's ancestry, early ones dark. A panel for
+    each run, and one for cross-entropy. A curve is the loss minus its value at y = 1, as the
+    constant part of Eq. 2 trains nothing and would hide the shapes."""
     if runs[0].config.get("add_cross_entropy"):
         title += "; Eq. 2 alone, to which cross-entropy is added"
     columns = min(3, len(runs) + 1)
@@ -128,8 +129,8 @@ def figure_losses(runs, title):
 
 
 def applied(run, name):
-    """What training applied to the best individual of each generation, by epoch; NaN for epochs
-    that it did not train, as it diverged. An elite keeps what it was trained with."""
+    """What training applied to the best individual of each generation, by epoch. An elite keeps
+    what it was trained with. NaN: it diverged before this epoch."""
     values = np.full((len(run.best), run.config["epochs"]), np.nan)
     for line, best in zip(values, run.best, strict=True):
         value = best["applied"][name]
@@ -139,7 +140,7 @@ def applied(run, name):
 
 def figure_schedule(runs, title):
     """Figure 6: learning rate and momentum of the best individual of each generation, on a linear
-    and on a logarithmic scale, and below them what else varies; a column a run."""
+    and on a logarithmic scale. Below them what else varies. A column for each run."""
     both = ("learning_rate", "momentum")
     panels = {"value": both, "log scale": both} | {
         name.replace("_", " "): (name,) for name in ("weight_decay", "cutout", "alpha")
@@ -163,7 +164,7 @@ def figure_schedule(runs, title):
 
 
 def evolved_figures(runs, title):
-    """Figures 5 and 6 of what is evolved; none of old logs, which lack what training applied."""
+    """Figures 5 and 6, if these values evolve. Old logs lack what training applied: none."""
     best, figures = runs[0].best[-1], {}
     if best.get("applied"):
         if any(name[:5] != "theta" for name in best["hyperparameters"]):
@@ -174,7 +175,8 @@ def evolved_figures(runs, title):
 
 
 def figure_lineage(run):
-    """Generations in columns, individuals by fitness, lines to parents. A dot's id says more."""
+    """Generations in columns, individuals by fitness, lines to parents. Each dot has a gid with
+    its numbers, which report.py shows."""
     fitness = sorted(m["fitness"] for line in run.log for m in line["population"])
     widest = max(len(line["population"]) for line in run.log)
     figure, ((ax,),) = grid(1, 1, (0.33 * len(run.log), 0.16 * widest + 0.4))
@@ -187,13 +189,13 @@ def figure_lineage(run):
             if origin := before.get(m["id"] if elite else m["parent"]):
                 ax.plot(*zip(origin, at, strict=True), "--" if elite else "-", marker="",
                         color="grey", linewidth=0.5)
-            place = bisect_left(fitness, m["fitness"]) / len(fitness)  # the first are far below
+            place = bisect_left(fitness, m["fitness"]) / len(fitness)  # fitness starts too low
             colour = "white" if m["diverged"] else matplotlib.colormaps["viridis"](place)
             ax.plot(*at, "o", color=colour, markersize=6, mec="grey", mew=0.5, zorder=3,
                     gid=f"individual {m['id']} of generation {m['generation']}: fitness "
                         f"{m['fitness']:.2%}, test accuracy {m['test_accuracy']:.2%}")
         alive = [a["id"] for a in run.ancestry if a["generation"] <= g]
-        winner += [places[id] for id in alive[-1:]]  # none, while everyone has diverged
+        winner += [places[id] for id in alive[-1:]]  # empty while everyone has diverged
         before = places
     ax.plot(*zip(*winner, strict=True), marker="", color="C2", linewidth=2.5, gid="ancestry")
     ax.set(xlabel="generation", ylim=(widest - 0.3, -0.7), yticks=[])
@@ -203,8 +205,8 @@ def figure_lineage(run):
 
 
 def compared_figures(problems):
-    """{name: figure}: Figures 2 to 4, and where the log tells it, how much of the wrong labels is
-    reproduced; the accuracy over the share of wrong labels, where there are several."""
+    """{name: figure}: Figures 2 to 4; the share of wrong labels that networks reproduce, if the log
+    has it; the accuracy over the share of wrong labels, if there are several shares."""
     panels = {problem + noisy(noise): rows for problem, levels in problems.items()
               for noise, rows in levels.items()}
     figures, note = {}, "mean and standard error of the fittest individual"
@@ -224,7 +226,7 @@ def compared_figures(problems):
 
 
 def row_figures(problems):
-    """{name: figure}: Figures 5 and 6 of each row that evolves, with the most wrong labels."""
+    """{name: figure}: Figures 5 and 6 of each row that evolves, for the most wrong labels."""
     figures = {}
     for problem, levels in problems.items():
         noise, rows = list(levels.items())[-1]
@@ -237,19 +239,19 @@ def row_figures(problems):
 
 
 def save(figures, folder, svg=True):
-    """Write each figure as PNG, and as SVG, the same bytes each time."""
+    """Write each figure as PNG and SVG. The bytes are the same each time."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         if svg:
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.savefig(path := folder / f"{name}.png")
-        # 256 colours: a third of the bytes, and no difference that is seen.
+        # 256 colours look the same and need a third of the bytes.
         Image.open(path).convert("RGB").quantize().save(path, optimize=True)
 
 
 @matplotlib.style.context(STYLE)
 def draw_run(run):
-    """Draw curves, lineage, and Figures 5 and 6, of a run into its folder. Returns their names."""
+    """Draw a run's curves, lineage and Figures 5 and 6 into its folder. Returns their names."""
     fitness = "best fitness" + f" ({run.metric})" * (run.metric != "accuracy")
     lines = {name: curve([run], key) for name, key in (
         (fitness, "fitness"), ("test accuracy of the fittest", "test_accuracy"),
@@ -268,13 +270,13 @@ def draw_run(run):
 @matplotlib.style.context(STYLE)
 def compare(folders: Positional[tuple[Path, ...]], out: Path,
             reference: UseAppendAction[tuple[str, ...]] = (), command: str = ""):
-    """Write a results folder of several runs; returns the tables. Raises RunError.
+    """Write a results folder of several runs. Returns the tables. Raises RunError.
 
     Args:
-        folders: of the runs; those that are not finished are left out.
+        folders: the runs' folders; unfinished runs are left out.
         out: the folder to write.
-        reference: a row to test the others against, again for more; the first if none is given.
-        command: what README.md says that the runs were made by."""
+        reference: a row to test the others against; repeat it for more. Default: the first row.
+        command: the command that made the runs, for README.md."""
     runs = [Run(folder) for folder in dict.fromkeys(folders)]
     late = [f"{run} ({run.epochs[-1]} of {run.total_epochs} epochs)" for run in runs
             if not run.finished]
@@ -294,7 +296,7 @@ def compare(folders: Positional[tuple[Path, ...]], out: Path,
     readme = out / "README.md"
     if readme.exists():
         head = readme.read_text(encoding="utf-8").split(TABLES)[0]
-    else:  # where there is no git, it leaves that out
+    else:
         where = subprocess.run(MACHINE, shell=True, capture_output=True, text=True,
                                cwd=STYLE.parent).stdout
         command = plain(command or f"python figures.py --out {out}")

@@ -1,4 +1,4 @@
-"""One page of a run, finished or not: report.html in its folder. Self-contained, no JavaScript.
+"""Writes report.html, a page about a run, into its folder. It needs no other file, no JavaScript.
 
     python report.py runs/NAME ...
 """
@@ -17,8 +17,8 @@ from tables import Run
 
 
 def report(folder):
-    """Write a run's own figures and report.html into its folder, with what it has done so far.
-    Returns the path of the page. Raises RunError."""
+    """Write the figures and report.html of a run, finished or not, into its folder. Returns the
+    path of the page. Raises RunError."""
     run = Run(folder)
     drawings = {name: inline((run.folder / f"{name}.svg").read_text(encoding="utf-8"))
                 for name in draw_run(run)}
@@ -37,14 +37,15 @@ def readable(items):
 
 
 def outcome(run):
-    """The fittest individual, what training applied to it, and the accounting of Sec. 5.2."""
+    """The fittest individual, what training applied to it, and the costs as in Sec. 5.2."""
     best, numbers = run.best[-1], run.numbers
     applied = {k: value for k, value in (best.get("applied") or {}).items() if k != "theta"}
     if rates := applied.pop("learning_rate", None):
         applied["learning rate, in its last epoch"] = rates[-1]
     full, trained = numbers["full_training"], numbers["epochs_trained"]
     return {
-        f"fitness ({run.metric})": f"{best['fitness']:.2%}", "test accuracy": f"{best['test_accuracy']:.2%}",
+        f"fitness ({run.metric})": f"{best['fitness']:.2%}",
+        "test accuracy": f"{best['test_accuracy']:.2%}",
         "individual": f"{best['id']} (generation {best['generation']})",
         "ancestors": len(run.ancestry) - 1,
         **readable(best.get("scores", {}) | applied | best["hyperparameters"]),
@@ -55,8 +56,8 @@ def outcome(run):
 
 
 def inline(drawing):
-    """An SVG file as an element of a page, its text never below its own size. The names of its
-    groups are left out, as a page may hold each once; those of individuals become tooltips."""
+    """Turn an SVG file into an element of a page, never drawn smaller than its own width. The ids
+    of its groups go, as an id may be only once in a page; those of individuals become tooltips."""
     text = drawing[drawing.index("<svg"):]
     text = re.sub(r'<g id="(individual [^"]*)">', r"<g><title>\1</title>", text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)

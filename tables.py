@@ -1,7 +1,7 @@
 """Reads run folders, sorts the runs into rows, and makes Tables 1 and 2 of the paper.
 
-A folder is named ROW-SEED or ROW-NOISE-SEED, such as best-decay-3 or best-0.4-3; its config tells
-the seed and the share of wrong labels. The runs of a row are repetitions.
+A folder is named ROW-SEED or ROW-NOISE-SEED, such as best-decay-3 or best-0.4-3. Its config has
+the seed and the share of wrong labels. The runs of a row differ in the seed alone.
 """
 
 import gzip
@@ -24,10 +24,10 @@ FREE = {"seed", "data", "replay", "schedule", "device", "threads", "loss_backend
 
 
 class Run:
-    """A run as its folder tells it, finished or not."""
+    """What the folder of a run says about it, finished or not."""
 
     def __init__(self, folder):
-        """Raises RunError, whose one line names the folder, if it holds no run or a damaged one."""
+        """Raises RunError, which names the folder, if it holds no run or a damaged one."""
         self.folder, self.config, self.log = Path(folder), read_config(folder), read_log(folder)
         if not self.log:
             raise RunError(f"{folder}: no generation is finished yet")
@@ -48,7 +48,7 @@ class Run:
         self.total_epochs = config["generations"] * config["epochs"]
         self.finished = len(log) >= config["generations"]
         self.metric, summary = config.get("fitness", "accuracy"), self.folder / "summary.json"
-        # {metric: of the fittest on the test images}
+        # The metrics of the fittest on the test images.
         self.scores = {"accuracy": self.best[-1]["test_accuracy"]}
         if summary.exists():
             found = json.loads(summary.read_text(encoding="utf-8")).get("test_scores", {})
@@ -56,8 +56,8 @@ class Run:
         times = self.folder / "timing.jsonl"
         times = times.read_text(encoding="utf-8").splitlines() if times.exists() else []
         self.hours = sum(json.loads(line)["seconds"] for line in times) / 3600
-        # Sec. 5.2: the losses or settings that it tried, the epochs that it trained, and those of
-        # one network's full training under each loss or setting.
+        # Sec. 5.2: how many losses or settings it tried, how many epochs it trained, and how many
+        # it would take to train one network in full under each loss or setting.
         everyone = {m["id"]: m for line in log for m in line["population"]}
         tried = len({tuple(m["hyperparameters"].values()) for m in everyone.values()})
         tried = 1 if config["method"] == "replay" else tried
@@ -80,8 +80,8 @@ def noisy(noise):
 
 def group(runs):
     """{dataset and model: {share of wrong labels: {row: runs}}}, the rows in the order given.
-    Raises RunError where the runs of a row differ in more than the seed. A setting that one of them
-    lacks came with a later version: it is off there."""
+    Raises RunError if the runs of a row differ in more than the seed. A setting that an older run
+    lacks counts as off."""
     problems = {}
     for run in sorted(runs, key=lambda run: run.noise):
         row = problems.setdefault(run.problem, {}).setdefault(run.noise, {}).setdefault(run.row, [])
@@ -99,13 +99,13 @@ def group(runs):
 
 
 def final(runs, metric="accuracy"):
-    """{seed: metric of the fittest individual on the test images in percent}, where there is one."""
+    """{seed: test metric of the fittest individual in percent}, for the runs that have it."""
     return {run.seed: 100 * run.scores[metric] for run in runs if metric in run.scores}
 
 
 def curve(runs, key="test_accuracy"):
-    """Epochs, mean and standard error (None for one run), in percent, of what the fittest of each
-    generation has as `key`; None where the log lacks it."""
+    """Epochs, mean and standard error in percent of `key` of the fittest of each generation. The
+    error is None for one run. Returns None if the log lacks the key."""
     n = min(len(run.log) for run in runs)
     values = 100 * np.array([[best.get(key) for best in run.best[:n]] for run in runs], float)
     if np.isnan(values).any():
@@ -115,7 +115,7 @@ def curve(runs, key="test_accuracy"):
 
 
 def table(lines):
-    """A Markdown table, whose header is the first line."""
+    """A Markdown table. The first line is its header."""
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return tabulate(cells, "firstrow", "pipe", disable_numparse=True,
                     colalign=("left", *["right"] * (len(cells[0]) - 1)))
@@ -129,8 +129,8 @@ def mean_sd(runs, metric):
 
 def paired(runs, others, metric="accuracy"):
     """The mean difference over the common seeds in percentage points, and p of the two-sided paired
-    t-test where the differences differ."""
-    from scipy.stats import ttest_1samp  # here: it takes a second, which a single run can spare
+    t-test unless all differences are equal."""
+    from scipy.stats import ttest_1samp  # slow to import, and the report of a run needs no test
 
     ours, theirs = final(runs, metric), final(others, metric)
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
@@ -145,8 +145,8 @@ def paired(runs, others, metric="accuracy"):
 
 
 def table1(levels, references, metric):
-    """Rows are methods; for each share of wrong labels the metric, and the difference from each
-    row that `references` names."""
+    """A row for each method. For each share of wrong labels, columns with the metric and with the
+    difference from each row in `references`."""
     names = dict.fromkeys(name for rows in levels.values() for name in rows)
     columns = [["method", *names]]
     for noise, rows in levels.items():
@@ -162,7 +162,7 @@ def table1(levels, references, metric):
 
 
 def epochs_to_pass(runs, others):
-    """Table 2: after how many epochs the mean curve first exceeds the others' final mean."""
+    """Table 2: the epoch in which the mean curve first exceeds the others' final mean."""
     target, (epochs, means, _) = fmean(final(others).values()), curve(runs)
     return next((e for e, mean in zip(epochs, means, strict=True) if mean > target), "never")
 
@@ -177,15 +177,15 @@ def table2(rows):
 
 
 def compared(runs):
-    """What Table 1 compares: the accuracy and, where a run evolved for another metric, all that
-    differ from the accuracy."""
+    """The metrics of Table 1: the accuracy and, if a run evolved for another metric, all metrics
+    that differ from it."""
     found = dict.fromkeys(name for run in runs for name in run.scores)
     return ["accuracy", *(name for name in found if any(run.metric != "accuracy" for run in runs)
             and any(abs(run.scores.get(name, 0) - run.scores["accuracy"]) > 1e-9 for run in runs))]
 
 
 def tables(problems, references=()):
-    """All tables as Markdown. The reference is the first row where none is named."""
+    """All tables as Markdown. If no reference is named, it is the first row."""
     parts = []
     for problem, levels in problems.items():
         names = list(dict.fromkeys(name for rows in levels.values() for name in rows))
@@ -206,7 +206,7 @@ def tables(problems, references=()):
 
 
 def write_logs(path, runs):
-    """An archive of the runs' text files. The same bytes each time: sorted, no times, no owners."""
+    """Archive the runs' text files: sorted, without times and owners, so always the same bytes."""
     folders = [run.folder.absolute() for run in runs]
     top = os.path.commonpath([folder.parent for folder in folders])
     with (gzip.GzipFile(path, "wb", mtime=0) as file,
