@@ -71,48 +71,40 @@ def test_nothing_of_training_is_needed():
     assert done.stdout == "set()\n", done.stderr
 
 
-def test_binary_loss_by_hand():
+def test_binary_loss_by_hand_is_the_loss_that_trains():
     # y = 3/4. True class: a = 1/4, b = 0: 1/2 + 1/8 + 1/64. Other class: a = -1/4, b = -1: the same
     # three with their signs, -1/2 + 1/8 - 1/64, then 3/4 - 1/16 - 1. Together -1/16; -1/n of it.
     assert binary_loss([1, 0.5, 2, 4, 6, 3, 2, 8], 0.75) == 1 / 32
     assert binary_loss([0, 0, 0, 0, 0, 1, 0, 0], 0.75) == -0.375  # -1/2 x y
-
-
-def test_binary_loss_is_the_loss_that_trains():
     theta, y = [0.3, -1.2, 2.5, -0.7, 1.9, 3.1, -2.2, 0.4], 0.8
     logits = torch.tensor([[np.log(y / (1 - y)), 0.0]], dtype=torch.float64)
     trained = taylorglo_loss(logits, torch.tensor([0]), torch.tensor(theta, dtype=torch.float64))
     assert binary_loss(theta, y) == pytest.approx(trained.item(), rel=1e-12)
 
 
-def test_tables_by_hand(three_seeds):
+def test_tables_by_hand(three_seeds, tmp_path):
     lines = cells(printed(three_seeds))
     # t = mean / (sd / sqrt n) = (7/3) / (1/3) = 7; with two degrees of freedom, the two-sided
     # p is 1 - t / sqrt(2 + t^2) = 0.0198.
     assert ["best-decay", "84.33 (2.52; 3)", "+2.33, p = 0.020", "16"] in lines
     assert ["plain", "82.00 (2.00; 3)", "-", "6"] in lines
     assert ["to pass", "best-decay, of 6"] in lines and ["plain", "6"] in lines
-
-
-def test_tests_are_over_common_seeds_and_only_where_differences_differ(three_seeds, tmp_path):
+    # Tests are over the common seeds, and only if the differences differ.
     other = [write(tmp_path / f"other-{seed}", alone(accuracy)) for seed, accuracy in
              ((1, 0.92), (2, 0.94), (3, 0.1))]
     (rows,) = group(list(map(Run, three_seeds + other)))["digits, resnet8"].values()
     assert paired(rows["other"], rows["plain"]) == "+10.00 over 2 seeds"  # twice 10: no variance
     assert paired(rows["plain"], rows["plain"]) == "-"
+    assert epochs_to_pass(rows["plain"], rows["other"]) == 6
     lines = cells(printed(three_seeds + other, "best-decay", "plain"))
     assert lines[0][2:] == ["against best-decay", "against plain", "epochs trained"]
-    assert epochs_to_pass(rows["plain"], rows["other"]) == 6
     with pytest.raises(RunError, match="no row is called bset, only plain, best-decay, other"):
         printed(three_seeds + other, "bset")
 
 
-@pytest.mark.parametrize("metric, header, line", [
-    ("accuracy", None, None),
-    ("f1-macro", ["method", "f1-macro", "against baseline", "epochs trained"],
-     ["epbt", "72.50 (0.71; 2)", "+2.00", "12"])])
-def test_other_metrics_have_tables_where_a_run_evolved_for_one(metric, header, line, tmp_path):
-    """The balanced accuracy is the accuracy here, and is not repeated."""
+@pytest.mark.parametrize("metric", ["accuracy", "f1-macro"])
+def test_other_metrics_have_tables_if_a_run_evolved_for_one(metric, tmp_path, drawn):
+    """The balanced accuracy is the accuracy here, so it needs no table."""
     for seed in range(2):
         for row, log, f1, more in (("baseline", alone(0.5, 0.8), 0.70, {"method": "baseline"}),
                                    ("epbt", evolved(0.5, 0.75), 0.72, {"fitness": metric})):
@@ -121,27 +113,23 @@ def test_other_metrics_have_tables_where_a_run_evolved_for_one(metric, header, l
             folder = write(tmp_path / "runs" / f"{row}-{seed}", log, **more)
             (folder / "summary.json").write_text(json.dumps({"test_scores": scores}))
     folders = sorted((tmp_path / "runs").iterdir())
-    lines = cells(compare(folders, tmp_path / "out"))
-    assert (header in lines, line in lines) == (metric != "accuracy",) * 2
-    assert not [line for line in lines if "balanced-accuracy" in line]
+    found = cells(compare(folders, tmp_path / "out"))
+    for line in (["method", "f1-macro", "against baseline", "epochs trained"],
+                 ["epbt", "72.50 (0.71; 2)", "+2.00", "12"]):
+        assert (line in found) == (metric != "accuracy")
+    assert not [line for line in found if "balanced-accuracy" in line]
     with open(tmp_path / "out" / "runs.csv") as file:
-        assert [row["test_f1_macro"] for row in csv.DictReader(file)] == ["0.7", "0.71", "0.72", "0.73"]
+        scores = [row["test_f1_macro"] for row in csv.DictReader(file)]
+    assert scores == ["0.7", "0.71", "0.72", "0.73"]
 
 
-def test_wrong_labels_are_columns_of_one_table_and_lines_of_two_pictures(noise, tmp_path):
-    text = compare(noise, tmp_path / "out")
-    lines = cells(text)
+def test_what_is_tabulated_and_drawn_is_what_the_logs_have(noise, tmp_path, drawn):
+    lines = cells(compare(noise, tmp_path / "out"))
     assert lines[0] == ["method", "accuracy", "against baseline", "accuracy, 40% wrong labels",
                         "against baseline", "epochs trained"]
     assert lines[2][:4] == ["baseline", "88.33 (2.08; 3)", "-", "68.33 (2.08; 3)"]
     assert lines[3][0] == "epbt" and lines[3][4].startswith("+22.67, p = 0.0")
-    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert pictures == {"accuracy.png", "noise.png", "memorisation.png", "losses-epbt.png",
-                        "schedule-epbt.png"}
-
-
-def test_what_is_drawn_is_what_the_log_has(noise, tmp_path, drawn):
-    compare(noise, tmp_path / "out")
+    assert drawn.keys() == {"accuracy", "noise", "memorisation", "losses-epbt", "schedule-epbt"}
     baseline, epbt = (bars[0].get_xydata() for bars in drawn["noise"].axes[0].containers)
     assert baseline == pytest.approx(np.array([[0, 265 / 3], [40, 205 / 3]]))
     assert epbt == pytest.approx(np.array([[0, 91], [40, 91]]))
@@ -191,7 +179,7 @@ def test_a_results_folder_is_whole_and_the_same_bytes_each_time(three_seeds, tmp
     ("plain-7", {"viable_init": False, "threads": 2, "data": "1"}, None),
     ("plain-0.4-7", {"label_noise": 0.4, "epochs": 3}, None),
 ])
-def test_runs_of_a_row_differ_in_the_seed_alone(name, settings, words, three_seeds, tmp_path):
+def test_runs_of_a_row_differ_in_the_seed_alone(name, settings, words, three_seeds, tmp_path, drawn):
     folders = [*three_seeds, write(tmp_path / name, alone(0.5), **{
         "method": "baseline", "generations": 3, **settings})]
     if words is None:
@@ -213,27 +201,26 @@ def test_free_text_is_drawn_as_it_is(tmp_path, drawn, capsys):
     assert rows == [name.replace("|", "¦") for name in SHOWN]
     assert [text.get_text() for text in drawn["accuracy"].legends[0].get_texts()] == SHOWN
     drawn["accuracy"].savefig(tmp_path / "x.svg")
-
-
-def test_pictures_of_rows_have_names_of_their_own(tmp_path, drawn):
+    drawn.clear()
     names = ["фо то", "фо-то", "ФО-ТО", *(100 * "я" + end for end in "абв")]
     compare([write(tmp_path / f"{name}-1", evolved(0.5)) for name in names], tmp_path / "out")
-    assert len(drawn) == 1 + 2 * len(names)
+    assert len(drawn) == 1 + 2 * len(names)  # pictures of rows have names of their own
 
 
-@pytest.mark.parametrize("name", [NAMES[1], NAMES[3], NAMES[-2], NAMES[-1]])
-def test_free_text_may_be_anywhere(name, tmp_path):
-    folder = write(tmp_path / f"{name}-1", evolved(0.5, 0.6), dataset=f"/data/{name}", model=name)
-    draw_run(Run(folder))
-    main(["--out", str(tmp_path / name), str(folder)])
-    assert (folder / "losses.svg").exists() and len(list((tmp_path / name).glob("*.png"))) == 3
+def test_free_text_may_be_anywhere(tmp_path):
+    for name in (NAMES[1], NAMES[-1]):
+        log, text = evolved(0.5, 0.6), {"dataset": f"/data/{name}", "model": name}
+        folder = write(tmp_path / f"{name}-1", log, **text)
+        draw_run(Run(folder))
+        main(["--out", str(tmp_path / name), str(folder)])
+        assert (folder / "losses.svg").exists() and len(list((tmp_path / name).glob("*.png"))) == 3
 
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda f: (f / "config.json").unlink(), "holds no run"),
-    (lambda f: (f / "config.json").write_text("{"), "damaged|cannot read"),
+    (lambda f: (f / "config.json").write_text("{"), "damaged"),
     (lambda f: (f / "config.json").write_text("{}"), "damaged"),
-    (lambda f: (f / "log.jsonl").write_text("nonsense\n"), "damaged|cannot read"),
+    (lambda f: (f / "log.jsonl").write_text("nonsense\n"), "damaged"),
     (lambda f: (f / "log.jsonl").write_text('{"generation": 0, "population": [{}]}\n'), "damaged"),
     (lambda f: (f / "log.jsonl").write_text('{"generation": 0, "population": []}\n'), "damaged"),
     (lambda f: (f / "log.jsonl").write_text(""), "no generation is finished yet"),
@@ -241,12 +228,10 @@ def test_free_text_may_be_anywhere(name, tmp_path):
 def test_a_folder_without_a_run_is_one_line(spoil, words, tmp_path, capsys):
     folder = write(tmp_path / "a-1", alone(0.5))
     spoil(folder)
-    with pytest.raises(RunError, match=words):
-        Run(folder)
     with pytest.raises(SystemExit) as exit:
         main(["--out", str(tmp_path / "out"), str(folder)])
-    lines = capsys.readouterr().err.splitlines()
-    assert exit.value.code == 2 and len(lines) == 1 and "a-1" in lines[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and "a-1" in line and words in line
 
 
 OLD = [[{key: m[key] for key in m.keys() - {"applied"}} for m in line] for line in evolved(0.5)]
@@ -256,11 +241,11 @@ DIVERGED = [[member(0, 0, 0.0, diverged=True, hyperparameters={"lr_scale": 9.0},
 
 
 @pytest.mark.parametrize("log, names", [
-    (OLD, {"curves", "lineage"}), (alone(0.5, 0.6), {"curves"}), (PBT, {"curves", "lineage", "schedule"}),
-    (DIVERGED, {"curves", "schedule"}), (evolved(0.5), {"curves", "lineage", "losses", "schedule"})])
+    (OLD, "curves lineage"), (alone(0.5, 0.6), "curves"), (PBT, "curves lineage schedule"),
+    (DIVERGED, "curves schedule"), (evolved(0.5), "curves lineage schedule losses")])
 def test_figures_5_and_6_are_drawn_of_what_evolved(log, names, tmp_path, drawn):
     draw_run(Run(write(tmp_path / "a-1", log)))
-    assert drawn.keys() == names
+    assert [*drawn] == names.split()
 
 
 def test_the_zoom_leaves_out_what_ends_far_below():
