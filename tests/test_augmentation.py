@@ -1,4 +1,4 @@
-"""Augmentation, by hand and again pixel by pixel, and its texts."""
+"""Augmentation, by hand and pixel by pixel, and its texts."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_augmentation_by_hand(draw, text, expected):
 
 
 def slow_batch(images, index, draws, augmentation, mean, std):
-    """make_batch again, in NumPy and pixel by pixel."""
+    """The same as make_batch, in NumPy and pixel by pixel."""
     height, width = (size - 2 * augmentation.shift for size in images.shape[2:])
     batch = np.zeros((len(index), images.shape[1], height, width), dtype=np.float32)
     for b, (i, (dy, dx, flip, cut_y, cut_x)) in enumerate(zip(index, draws, strict=True)):
@@ -76,7 +76,7 @@ def test_batch_equals_pixel_by_pixel(augmentation, channels, height, width, memo
 
 
 def test_batches_never_ask_the_device():
-    # A tensor on "meta" has no values: whatever needs them on the host, or mixes devices, raises.
+    # Tensors on "meta" have no values: code that reads them on the host, or mixes devices, raises.
     augmentation = Augmentation(flip=True, shift=2, cutout=4)
     with torch.device("meta"):
         images, mean = torch.empty(9, 3, 12, 12, dtype=torch.uint8), torch.empty(3)
