@@ -144,19 +144,17 @@ def paired(runs, others, metric="accuracy"):
     return f"{text}, p " + (f"= {p:.3f}" if p >= 0.001 else "< 0.001")
 
 
-def table1(levels, references, metric):
-    """A row for each method. For each share of wrong labels, columns with the metric and with the
-    difference from each row in `references`."""
-    names = dict.fromkeys(name for rows in levels.values() for name in rows)
-    columns = [["method", *names]]
+def table1(levels, everyone, references, metric):
+    """A row for each method of everyone = {row: runs}. For each share of wrong labels, columns with
+    the metric and with the difference from each row in `references`."""
+    columns = [["method", *everyone]]
     for noise, rows in levels.items():
-        runs = {name: rows.get(name, []) for name in names}
-        columns.append([metric + noisy(noise), *(mean_sd(mine, metric) for mine in runs.values())])
+        runs = [rows.get(name, []) for name in everyone]
+        columns.append([metric + noisy(noise), *(mean_sd(mine, metric) for mine in runs)])
         columns += [[f"against {other}",
-                     *(paired(mine, runs[other], metric) for mine in runs.values())]
+                     *(paired(mine, rows.get(other, []), metric) for mine in runs)]
                     for other in references]
-    trained = (fmean(run.numbers["epochs_trained"] for rows in levels.values()
-                     for run in rows.get(name, [])) for name in names)
+    trained = (fmean(run.numbers["epochs_trained"] for run in runs) for runs in everyone.values())
     columns.append(["epochs trained", *(f"{epochs:,.0f}" for epochs in trained)])
     return table(zip(*columns, strict=True))
 
@@ -179,25 +177,30 @@ def table2(rows):
 def compared(runs):
     """The metrics of Table 1: the accuracy and, if a run evolved for another metric, all metrics
     that differ from it."""
-    found = dict.fromkeys(name for run in runs for name in run.scores)
-    return ["accuracy", *(name for name in found if any(run.metric != "accuracy" for run in runs)
-            and any(abs(run.scores.get(name, 0) - run.scores["accuracy"]) > 1e-9 for run in runs))]
+    others = dict.fromkeys(name for run in runs for name in run.scores)
+    if all(run.metric == "accuracy" for run in runs):
+        others = ()
+    return ["accuracy", *(name for name in others if any(
+        abs(run.scores.get(name, 0) - run.scores["accuracy"]) > 1e-9 for run in runs))]
 
 
 def tables(problems, references=()):
     """All tables as Markdown. If no reference is named, it is the first row."""
     parts = []
     for problem, levels in problems.items():
-        names = list(dict.fromkeys(name for rows in levels.values() for name in rows))
-        if missing := set(references) - set(names):
-            raise RunError(f"{problem}: no row is called {min(missing)}, only {', '.join(names)}")
+        everyone = {}
+        for rows in levels.values():
+            for name, runs in rows.items():
+                everyone[name] = everyone.get(name, []) + runs
+        if missing := set(references) - everyone.keys():
+            raise RunError(f"{problem}: no row is called {min(missing)}, only "
+                           f"{', '.join(everyone)}")
         parts += [f"## {problem}", "Table 1. Final test accuracy in % of the fittest individual, "
                   "chosen by its fitness: mean (sample standard deviation; number of seeds). "
                   "Differences are over the common seeds, with a two-sided paired t-test. The "
                   "epochs are those that all networks of a run trained.",
-                  *(table1(levels, references or names[: len(names) > 1], metric)
-                    for metric in compared([run for rows in levels.values()
-                                            for runs in rows.values() for run in runs]))]
+                  *(table1(levels, everyone, references or [*everyone][: len(everyone) > 1], metric)
+                    for metric in compared(sum(everyone.values(), [])))]
         for noise, rows in levels.items():
             if text := table2(rows):
                 parts += [f"Table 2{noisy(noise)}. Epochs of training after which EPBT's mean "
