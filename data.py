@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from augmentation import Augmentation, draw_augmentation, make_batch, parse_augmentation
-from augmentation import normalize as normalize  # `as`: users may import it from here
+from augmentation import normalize as normalize  # users may import it from here
 from errors import DataError, nearest, plain, told
 from folders import prepared, progress, read_folder, refuse_other_classes
 from folders import read_image_folder as read_image_folder
@@ -213,8 +213,8 @@ def shuffled(labels, limit, validation, rng):
 
 
 def wrong_labels(labels, used, share, kind, num_classes, rng):
-    """Change a share of the labels (N,) at the indices `used` to another class. kind: "uniform"
-    takes all other classes equally often, "pair" the next class (the first after the last)."""
+    """The labels (N,), a share of them at the indices `used` wrong. kind: "uniform" takes all other
+    classes equally often, "pair" the next class (the first after the last)."""
     if not 0 <= share < 1 or kind not in ("uniform", "pair"):
         raise DataError("--label-noise must be at least 0 and below 1, of the kind uniform or pair,"
                         f" not {share!r} {kind!r}")

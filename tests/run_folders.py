@@ -1,13 +1,13 @@
-"""Makes run folders by hand, as epbt.py writes them, for the tests of what reads them."""
+"""Writes run folders as epbt.py does, for the tests of the code that reads them."""
 
 import json
 
-THETA = [0.0, 1.0, 0.0, 0.0, 0.0, 10.0, -10.0, 0.0]  # as the loss took it
+THETA = [0.0, 1.0, 0.0, 0.0, 0.0, 10.0, -10.0, 0.0]  # what training applied
 
 
 def member(id, generation, accuracy, parent=None, **more):
-    """An individual's record. Its applied values are made up from its id, so that a drawing of
-    anything else is seen."""
+    """An individual's record. Its applied values depend on its id, so that a figure of other values
+    fails its test."""
     applied = {"learning_rate": [0.1 + id, 0.2 + id], "theta": None, "momentum": 0.5 + id / 100,
                "weight_decay": 0.0, "cutout": 0.0, "alpha": 0.0}
     return dict(id=id, generation=generation, hyperparameters={}, parent=parent, mate=None,
@@ -16,14 +16,14 @@ def member(id, generation, accuracy, parent=None, **more):
 
 
 def alone(*accuracies, **more):
-    """The log of Baseline 1: one network that goes on."""
+    """The log of Baseline 1: one network."""
     return [[member(g, g, accuracy, g - 1 if g else None, **more)]
             for g, accuracy in enumerate(accuracies)]
 
 
 def evolved(*accuracies, **more):
-    """A log of EPBT with P = 4 and k = 2: in each generation the first child, of the last one, is
-    the fittest."""
+    """A log of EPBT with P = 4 and k = 2. In each generation the first child is the fittest; its
+    parent is the first elite."""
     def child(id, generation, accuracy, parent=None):
         h = {f"theta{i}": float(i) for i in range(8)} | {"lr_scale": 1.0 + id, "momentum": 0.5}
         theta = [*THETA[:5], 10.0 + id, -10.0 + 2 * id, 0.0]
@@ -40,8 +40,8 @@ def evolved(*accuracies, **more):
 
 
 def write(folder, log, **settings):
-    """The files of a run whose populations are `log`. The seed is at the end of the folder's name,
-    where it is not given."""
+    """Write the files of a run whose populations are `log`. By default the folder's name ends in
+    the seed."""
     settings = {"method": "epbt", "dataset": "digits", "model": "resnet8", "epochs": 2,
                 "generations": len(log), "seed": int(folder.name.rsplit("-")[-1]),
                 "population": len(log[0]) if log else 0, "label_noise": 0.0, "data": "0" * 16,

@@ -130,7 +130,7 @@ def test_enlarged_validation_images():
 
 
 class Listed(torch.utils.data.Dataset):
-    """Pairs; item 13 is what a function gives, or raises."""
+    """Pairs of an image and a label; a function may give item 13 or raise an error."""
 
     def __init__(self, images, labels, item_13=None):
         self.images, self.labels, self.item_13 = images, labels, item_13

@@ -33,7 +33,7 @@ def printed(folders, *references):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """{name: figure} of what is drawn, in place of files."""
+    """{name: figure} of the figures drawn; they are not saved."""
     found = {}
     monkeypatch.setattr(figures, "save", lambda some, folder, **_: (
         folder.mkdir(parents=True, exist_ok=True), found.update(some)))
@@ -42,7 +42,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture
 def three_seeds(tmp_path):
-    """Baseline 1: 80, 82, 84% in the end; EPBT: 82 (an elite's), 84, 87%. Differences 2, 2, 3."""
+    """Baseline 1 ends at 80, 82, 84%; EPBT at 82 (an elite), 84, 87%. Differences 2, 2, 3."""
     folders = []
     for seed, (theirs, ours) in enumerate([(0.80, 0.81), (0.82, 0.84), (0.84, 0.87)]):
         folders += [write(tmp_path / f"plain-{seed}", alone(0.5, 0.6, theirs), method="baseline"),
@@ -52,7 +52,7 @@ def three_seeds(tmp_path):
 
 @pytest.fixture
 def noise(tmp_path):
-    """Two methods, three seeds each, clean and with 40% wrong labels; wrong labels reproduced."""
+    """Two methods, three seeds each, without and with 40% wrong labels."""
     for share, loss in ((0.0, 0.0), (0.4, 0.2)):
         for seed in range(3):
             more = {"scores": {"memorised": 0.1 + seed / 10}} if share else {}
@@ -179,9 +179,10 @@ def test_a_results_folder_is_whole_and_the_same_bytes_each_time(three_seeds, tmp
     ("plain-7", {"viable_init": False, "threads": 2, "data": "1"}, None),
     ("plain-0.4-7", {"label_noise": 0.4, "epochs": 3}, None),
 ])
-def test_runs_of_a_row_differ_in_the_seed_alone(name, settings, words, three_seeds, tmp_path, drawn):
-    folders = [*three_seeds, write(tmp_path / name, alone(0.5), **{
-        "method": "baseline", "generations": 3, **settings})]
+def test_the_runs_of_a_row(name, settings, words, three_seeds, tmp_path, drawn):
+    """They may differ in the seed alone."""
+    settings = {"method": "baseline", "generations": 3, **settings}
+    folders = [*three_seeds, write(tmp_path / name, alone(0.5), **settings)]
     if words is None:
         assert "Not finished, so not in tables and pictures: plain" in compare(folders, tmp_path)
     else:

@@ -1,4 +1,4 @@
-"""The intake of folders: each image is read, told as left out, or refused with number and path."""
+"""Folders of images: each file is read, reported as left out, or refused with its path."""
 
 import io
 import os

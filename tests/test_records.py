@@ -1,4 +1,4 @@
-"""A run's folder: every kill, every damaged byte, a full disk. Whole runs are in tests/soak.py."""
+"""A run's folder: kills, damaged bytes, a full disk. tests/soak.py does this to whole runs."""
 
 import fcntl
 import hashlib
@@ -59,7 +59,7 @@ def evaluate(run, child):
 
 @pytest.fixture
 def tmp_path():
-    """A folder in memory where there is one, since fsync of thousands of files takes minutes."""
+    """A folder in memory, if possible: to fsync thousands of files on a disk takes minutes."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as path:
         yield Path(path)
 
