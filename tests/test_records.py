@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -69,15 +71,20 @@ def expected(tmp_path_factory):
     return play(tmp_path_factory.mktemp("play") / "run")
 
 
+def in_another_process(action):
+    """Calls action in a fork of this process; returns its process id."""
+    if (pid := os.fork()) == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return pid
+
+
 def play_until(call, after, *arguments, **options):
     """Play in a fork, and die before or after the numbered call that changes a folder. Returns
     whether there was such a call."""
-    if (pid := os.fork()) == 0:
-        try:
-            die_at(call, after)
-            play(*arguments, **options)
-        finally:
-            os._exit(0)
+    pid = in_another_process(lambda: (die_at(call, after), play(*arguments, **options)))
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
@@ -97,6 +104,20 @@ def test_a_run_killed_at_any_of_its_calls_resumes_to_the_same_bytes(expected, tm
         shutil.rmtree(path)
         call += 1
     assert call > 50
+
+
+def test_a_run_killed_at_random_instants_ends_in_the_same_bytes(expected, tmp_path):
+    rng, kills, path, begin = np.random.default_rng(0), 0, tmp_path / "run", time.perf_counter()
+    play(tmp_path / "timed")
+    took = time.perf_counter() - begin
+    while kills < 30:
+        pid = in_another_process(lambda: play(path, resume=begun(path)))
+        time.sleep(rng.uniform(0, took))
+        os.kill(pid, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        if rng.random() < 0.3:
+            assert play(path, resume=begun(path)) == expected
+            shutil.rmtree(path)
 
 
 def test_a_run_killed_while_it_replaces_another_goes_on_as_one_of_the_two(expected, tmp_path):
