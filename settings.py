@@ -38,8 +38,7 @@ def settings(config):
         if sys.stderr is None:  # it is closed, and progress bars write to it
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stderr(nowhere))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # enables gradients too
         stack.enter_context(np.errstate(all="ignore"))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
