@@ -1,8 +1,8 @@
 """Evaluations on a Ray cluster: `--backend ray`, with the packages of requirements-ray.txt.
 
-Ray schedules the evaluations, and runs those of a lost node or a killed process again on another.
-The images go to each node once, through its object store. A run's folder stays on the machine that
-started the run: weights travel as the bytes of their files, so nodes need share no file system.
+Ray schedules the evaluations. If a node or process is lost, Ray repeats its evaluations elsewhere.
+Each node gets the images once, through its object store. The run's folder stays on the machine that
+started the run. Weights travel as the bytes of their files, so nodes need no common file system.
 """
 
 import os
@@ -29,17 +29,17 @@ SETS = ("train", "validation", "test")
 
 
 class RayPool:
-    """A pool for `workers.Workers` whose workers are Ray's."""
+    """A pool for `workers.Workers` whose workers are processes of Ray."""
 
     def __init__(self, config, data):
-        """config.workers: at most so many evaluations at once, sharing the GPUs if there are any;
-        0: one a core or a GPU. config.ray_address: of a running cluster; empty: a new one."""
+        """config.workers: at most so many evaluations at once, which share the GPUs; 0: one a core
+        or a GPU."""
         count, address = config.workers, config.ray_address
         own = dict(include_dashboard=False, num_cpus=count * config.threads or None)
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            if port.isdigit():  # where nobody listens, Ray itself would try for minutes
+            if port.isdigit():  # Ray would try for minutes to reach a port where nobody listens
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address or "local", log_to_driver=False, **({} if address else own),
                      runtime_env={"env_vars": {"PYTHONPATH": path}})
@@ -54,17 +54,16 @@ class RayPool:
             resources |= dict(num_gpus=min(1, gpus / (count or gpus)))
             config = replace(config, device="cuda")
         self.evaluate = ray.remote(max_retries=ATTEMPTS - 1, **resources)(evaluate)
-        # As NumPy arrays, which are not copied out of Ray's object store.
+        # Processes read NumPy arrays in Ray's object store without a copy.
         arrays = [(s.images.permute(0, 2, 3, 1).contiguous().numpy(), s.labels.numpy())
                   for s in (getattr(data, name) for name in SETS)]
         self.work = ray.put((config, replace(data, **dict.fromkeys(SETS)), arrays))
         self.count = count
 
     def run(self, tasks):
-        """Yields each task's individual as it is done, in no particular order."""
-        files = {}  # each parent and teacher is put into the object store once
-        for path in {p for task in tasks for p in (task.parent, task.teacher) if p is not None}:
-            files[path] = ray.put(path.read_bytes())
+        """Yields each task's individual when it is done, in any order."""
+        files = {path: ray.put(path.read_bytes()) for path in
+                 {p for task in tasks for p in (task.parent, task.teacher) if p is not None}}
         waiting, running = deque(tasks), {}
         while waiting or running:
             while waiting and (self.count == 0 or len(running) < self.count):
@@ -76,8 +75,8 @@ class RayPool:
             try:
                 individual, file = ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                mendable = isinstance(error.cause, ConfigError | RunError | BackendError)
-                raise (error.cause if mendable else error) from None
+                known = isinstance(error.cause, ConfigError | RunError | BackendError)
+                raise (error.cause if known else error) from None
             except ray.exceptions.RayError as error:
                 raise RunError(f"individual {task.individual.id} could not be evaluated in "
                                f"{ATTEMPTS} attempts on the Ray cluster: "
@@ -89,15 +88,16 @@ class RayPool:
         ray.shutdown()
 
 
-kept = ExitStack()  # the settings of this process
-trainers = {}  # of this process, which Ray keeps for the next evaluations, by its work
+# Ray keeps a process for later evaluations.
+kept = ExitStack()  # its settings
+trainers = {}  # its Trainer by `work`
 
 
 def evaluate(work, task, parent, teacher):
-    """In a process of Ray: (the evaluated individual, the bytes of its file).
+    """In a process of Ray: return the evaluated individual and the bytes of its file.
 
-    work: the reference of the config and the data, in a list, or Ray would fetch it each time;
-    parent, teacher: bytes or None."""
+    work: a list with the reference to config and data: without the list Ray would fetch them each
+    time; parent, teacher: bytes of files, or None."""
     if work[0] not in trainers:
         trainers.clear()
         keep_freed_memory()

@@ -20,7 +20,7 @@ from norm_relu import norm_relu
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters (He et al. [15], option A)."""
+    """Two 3x3 convolutions and a shortcut without parameters ([15], option A)."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -38,8 +38,8 @@ class BasicBlock(nn.Module):
     def shortcut(self, x):
         if self.new_channels == 0:
             return x
-        # As x[:, :, ::stride, ::stride], whose gradient would not be channels last: a tenth of a
-        # step on a CPU.
+        # The same as x[:, :, ::stride, ::stride], whose gradient would not be channels last: that
+        # costs a tenth of a step on a CPU.
         return F.pad(F.avg_pool2d(x, 1, self.stride), (0, 0, 0, 0, 0, self.new_channels))
 
 
@@ -60,11 +60,10 @@ class ResNet(nn.Module):
 
 
 class FoldedResNet:
-    """A ResNet in evaluation mode, for a teacher: each batch normalisation is folded into its
-    convolution, and on a GPU this convolution, its bias, the shortcut and ReLU are one kernel."""
+    """A ResNet in evaluation mode, for a teacher. Each batch normalisation is folded into its
+    convolution. On a GPU a convolution, its bias, the shortcut and ReLU are one kernel."""
 
     def __init__(self, resnet, dtype):
-        """dtype: of the arithmetic."""
         self.resnet, self.dtype = resnet, dtype
         self.layers = [(resnet.conv, resnet.bn)]
         for block in resnet.blocks:
@@ -76,7 +75,7 @@ class FoldedResNet:
 
     @torch.no_grad()
     def fold(self):
-        """Take the weights that the ResNet has now."""
+        """Read the ResNet's present weights."""
         for (conv, bn), (weight, bias) in zip(self.layers, self.convolutions, strict=True):
             scale = bn.weight / (bn.running_var + bn.eps).sqrt()
             weight.copy_(conv.weight * scale[:, None, None, None])
@@ -93,7 +92,7 @@ class FoldedResNet:
 
 
 def convolution_relu(x, weight, bias, stride=1, shortcut=None):
-    """ReLU of a 3x3 convolution, its bias and a shortcut."""
+    """ReLU of a 3x3 convolution with bias plus a shortcut."""
     if not x.is_cuda:
         out = F.conv2d(x, weight, bias, stride, padding=1)
         return F.relu(out if shortcut is None else out + shortcut)
@@ -104,7 +103,8 @@ def convolution_relu(x, weight, bias, stride=1, shortcut=None):
 
 
 class PreActivationBlock(nn.Module):
-    """Batch normalisation and ReLU before each 3x3 convolution; a 1x1 shortcut to a new shape."""
+    """Batch normalisation and ReLU before each 3x3 convolution. The shortcut to a new shape is a
+    1x1 convolution."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
@@ -141,7 +141,7 @@ class WideResNet(nn.Module):
 
 
 def stack(block, channels, blocks_per_stage):
-    """Three stages, from channels[i] to channels[i + 1]; the last two halve height and width."""
+    """Three stages from channels[i] to channels[i + 1]. The last two halve height and width."""
     layers = []
     for before, after, stride in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
         layers.append(block(before, after, stride))
@@ -150,16 +150,16 @@ def stack(block, channels, blocks_per_stage):
 
 
 def he_init(model):
-    """He initialisation [14] of every convolution and linear layer: N(0, 2 / fan_in), biases 0."""
+    """He initialisation [14] of convolutions and linear layers: N(0, 2 / fan_in), biases 0."""
     for module in model.modules():
-        # paper: unspecified (which layers, fan-in or fan-out)
+        # paper: unspecified: which layers, fan-in or fan-out
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
 
-# Sec. 4.1; resnet8, wrn-10-1 and wrn-16-1 are small ones for a CPU.
+# The networks of Sec. 4.1. resnet8, wrn-10-1 and wrn-16-1 are small ones for a CPU.
 WIDE = (10, 1), (16, 1), (10, 12), (16, 8), (22, 6), (28, 5)
 MODELS = ({f"resnet{depth}": partial(ResNet, depth) for depth in (8, 20, 32, 56)}
           | {f"wrn-{depth}-{width}": partial(WideResNet, depth, width) for depth, width in WIDE})
@@ -168,9 +168,9 @@ MODELS = ({f"resnet{depth}": partial(ResNet, depth) for depth in (8, 20, 32, 56)
 def make_model(name: str, num_classes: int, in_channels: int, seed: int) -> nn.Module:
     """A new classifier on the CPU: images (B, in_channels, H, W) to logits (B, num_classes).
 
-    Its weights are a function of `seed` alone; the global random generators stay as they were. The
-    models in `MODELS` are float32 and take any height and width from 8 pixels on. Raises
-    ConfigError for a name that is not a model's, or whatever a factory of your own raises."""
+    Its weights depend on `seed` alone. The models in `MODELS` are float32 and take any height and
+    width from 8 pixels on. Raises ConfigError for a name that is no model's, and whatever a factory
+    of your own raises."""
     factory = find_factory(name)
     with random_states_kept():  # constructors draw from the global generators
         torch.default_generator.manual_seed(int(seed))
@@ -183,7 +183,7 @@ def make_model(name: str, num_classes: int, in_channels: int, seed: int) -> nn.M
 
 
 def random_states():
-    """Those of the global generators on the CPU, from which a model may draw."""
+    """The states of the global generators on the CPU, from which a model may draw."""
     return torch.get_rng_state(), np.random.get_state(), random.getstate()
 
 
@@ -201,7 +201,7 @@ def seed_numpy_and_python(seed):
 
 @contextmanager
 def random_states_kept():
-    """What is drawn within changes nothing outside."""
+    """Put the global generators on the CPU back to their states afterwards."""
     before = random_states()
     try:
         yield
@@ -223,13 +223,13 @@ def find_factory(name):
 
 
 def torchvision_factory(name):
-    from torchvision import models  # here, because it takes a second that no other model needs
+    from torchvision import models  # here, as the import takes a second
 
     names = models.list_models(module=models)
     if name not in names:
         raise ConfigError(f"--model: torchvision has no classification model called {name!r}"
                           f"{nearest(name, names)}")
-    # These two return a tuple while they train unless their auxiliary heads are off.
+    # In training these two return a tuple unless their auxiliary heads are off.
     auxiliary = name in ("googlenet", "inception_v3")
     options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
 
@@ -242,7 +242,7 @@ def torchvision_factory(name):
 
 def replace_stem(model, in_channels):
     """Replace the first convolution by one for `in_channels` channels, He-initialised."""
-    path, old = next((path, m) for path, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    path, old = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding,
                     bias=old.bias is not None)
     he_init(new)

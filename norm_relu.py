@@ -1,7 +1,7 @@
-"""relu(batch normalisation + shortcut): on a GPU in training by two kernels each way, else by
-PyTorch's own operators.
+"""relu(batch normalisation + shortcut): on a GPU in training two kernels each way, else PyTorch's.
 
-A network of Sec. 4.1 has one behind every convolution, and on a GPU these took most of a step.
+The networks of Sec. 4.1 do this after every convolution. With PyTorch's operators it takes most of
+a step on a GPU.
 """
 
 import torch
@@ -24,8 +24,9 @@ def norm_relu(bn, x, shortcut=None):
 
 
 def fits(bn, x, shortcut):
-    """Whether the kernels do what `bn` would: it trains, with everything that it may have; x is
-    channels last on a GPU, with whole vectors of 16 bytes of channels."""
+    """Whether the kernels do what `bn` would. They need a BatchNorm2d in training, with weight,
+    bias, running statistics and momentum; and x channels last on a GPU, with channels that fill
+    whole vectors of 16 bytes."""
     if not (x.is_cuda and type(bn) is nn.BatchNorm2d and bn.training and bn.affine
             and bn.track_running_stats and bn.momentum is not None
             and taylorglo_ext.is_fused("cuda")):

@@ -1,7 +1,7 @@
-"""PyTorch's global settings for the duration of a run, whatever the caller has set (a Jupyter cell,
-Lightning, ...).
+"""PyTorch's global settings for the duration of a run.
 
-Without this, a run in the caller's process would give other bits than the same run in workers.
+The caller (a Jupyter cell, Lightning, ...) may have changed them. Without this, a run in its
+process would give other bits than the same run in workers.
 """
 
 import os
@@ -18,8 +18,7 @@ from errors import RunError
 
 @contextmanager
 def settings(config):
-    """Within it, a run depends on its config alone. config: as `epbt.settled` returns it. Raises
-    RunError."""
+    """Within it, a run depends on its config alone. config: of `epbt.settled`. Raises RunError."""
     device = torch.device(config.device)
     if (device.type == "cuda" and config.precision == "bfloat16"
             and torch.cuda.get_device_capability(device)[0] < 8):
@@ -28,19 +27,18 @@ def settings(config):
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by the first call of cuBLAS
     with ExitStack() as stack:
-        # All are read before one is set, since some change others.
+        # Read all settings before one is set, since some change others.
         for set_to, before, value in [(s, get(), value) for get, s, value in wanted(config)]:
             stack.callback(set_to, before)
             set_to(value)
-        if torch.get_default_device().type != "cpu":  # as a context it would cost every call
+        if torch.get_default_device().type != "cpu":  # only then: the context slows every call
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if sys.stderr is None:  # closed, and progress bars write to it
+        if sys.stderr is None:  # it is closed, and progress bars write to it
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(redirect_stderr(nowhere))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # enables gradients too
         stack.enter_context(np.errstate(all="ignore"))
         if device.type == "cuda":
             stack.enter_context(torch.cuda.device(device))
@@ -52,7 +50,7 @@ def wanted(config):
     """(getter, setter, value) of each setting."""
     yield torch.get_num_threads, torch.set_num_threads, config.threads
     yield torch.get_default_dtype, torch.set_default_dtype, torch.float32
-    # As torch.use_deterministic_algorithms, which imports PyTorch's compiler: a second.
+    # torch.use_deterministic_algorithms does the same, but imports PyTorch's compiler: a second.
     yield (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode,
            "error" if config.deterministic else "default")
     yield flushes_denormals, torch.set_flush_denormal, False
@@ -69,13 +67,13 @@ def wanted(config):
 
 
 def flushes_denormals():
-    """PyTorch has no getter."""
-    return not bool(torch.full((1,), 1e-40, dtype=torch.float32, device="cpu") * 1)
+    """Whether tiny results become 0. PyTorch has no getter."""
+    return not torch.full((1,), 1e-40, dtype=torch.float32, device="cpu") * 1
 
 
 def matmul_precision():
-    """PyTorch's old setting; None where the caller mixed it with the new ones: PyTorch then refuses
-    to tell it."""
+    """PyTorch's old setting, or None if the caller mixed it with the new ones: PyTorch then raises
+    RuntimeError."""
     with suppress(RuntimeError):
         return torch.get_float32_matmul_precision()
 

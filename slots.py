@@ -1,8 +1,8 @@
 """Several individuals on one GPU: streams, CUDA graphs, turns, random states (Sec. 3.1, last par.).
 
-A slot is a Trainer whose steps are captured once as a CUDA graph and then replayed. The slots of a
-GPU take turns within one thread: each queues a few steps on its own stream, and the GPU works on
-all streams at once.
+A slot is a Trainer that captures its steps once as CUDA graphs and then replays them. The slots of
+a GPU take turns in one thread. Each queues a few steps on its own stream, and the GPU works on all
+streams at once.
 """
 
 import hashlib
@@ -27,36 +27,35 @@ from records import Individual, write_atomic
 from training import Task, Trainer
 
 STEPS_A_TURN = 8  # steps that a slot queues before the next slot has its turn
-WARM_UP = 3  # steps before a capture, as PyTorch asks: libraries allocate and choose in the first
+WARM_UP = 3  # steps before a capture: in the first ones libraries allocate and choose kernels
 MOST_SLOTS = 16
-REHEARSAL = 25  # training steps by which throughput is measured
-WORTHWHILE = 1.1  # twice the slots must raise a GPU's throughput by this factor
+REHEARSAL = 25  # training steps that measure the throughput
+WORTHWHILE = 1.1  # twice the slots must raise the throughput by this factor
 
 
 class Slot(Trainer):
-    """A Trainer with a stream and graphs of its own. With config.no_graphs it launches each
-    operation by itself."""
+    """A Trainer with a stream, graphs and random states of its own."""
 
     def __init__(self, config, data):
         super().__init__(config, data)
         self.captured = not config.no_graphs
-        self.graphs, self.network, self.random_states = {}, None, None
+        self.graphs, self.network, self.random_states = {}, None, random_states()
         self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
         self.generator = torch.Generator(self.device)
-        torch.cuda.synchronize(self.device)  # what the default stream made is used on another now
+        torch.cuda.synchronize(self.device)  # the default stream has filled what this one reads
 
     def make_networks(self, seed):
-        """The first time, make networks and capture their steps; then give them new weights."""
+        """Make networks once and give them new weights each time, as graphs keep addresses."""
         if not self.captured:
             return self.new_networks(seed)
         if self.network is None:
-            distilled, self.distilled = self.distilled, True  # the teacher comes into use later
+            distilled, self.distilled = self.distilled, True  # later tasks need the teacher
             self.new_networks(seed)
             self.distilled = distilled
         # These flags change the operations, so each combination needs its own graph.
         self.kind = (self.distilled, self.has_theta, self.augmentation.cutout > 0,
                      self.h["weight_decay"] > 0)
-        self.graph(self.step)  # before the weights are loaded, since its first steps change them
+        self.graph(self.step)  # before the weights are loaded, since a capture's steps change them
         load_tensors(self.network.tensors(), self.new_network(seed).tensors())
 
     def new_networks(self, seed):
@@ -71,8 +70,8 @@ class Slot(Trainer):
             self.folded.fold()
 
     def logits(self, model, images):
-        """As a Trainer's, with fewer kernels: the teacher is folded, and in bfloat16 all weights
-        are cast at once, where autocast has a kernel for each."""
+        """A Trainer's logits by fewer kernels: the teacher is folded, and one kernel casts all
+        weights to bfloat16, where autocast needs one for each."""
         if self.folded and model is self.teacher.model:
             return super().logits(self.folded, images)
         weights = autocast_weights(model) if self.config.precision == "bfloat16" else {}
@@ -82,7 +81,7 @@ class Slot(Trainer):
         return super().logits(model, images)
 
     def repeat(self, step, count):
-        """Take a step so many times, giving other slots turns, until the GPU has done them."""
+        """Call `step` so many times, let other slots go on in between, and wait for the GPU."""
         if self.captured:
             step = self.graph(step)
         self.position.zero_()
@@ -95,16 +94,16 @@ class Slot(Trainer):
             give_turn()
 
     def graph(self, step):
-        """The replay of a step, captured when it is first asked for."""
+        """The function that replays a step's graph. The first call captures the graph."""
         key = step, self.kind if step == self.step else None
         if key not in self.graphs:
             self.warm_up(step)
             graph = torch.cuda.CUDAGraph()
-            # One pool of memory for all graphs of a slot, since only one of them runs at a time.
+            # The graphs of a slot share one pool of memory, since only one of them runs at a time.
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     step()
-            except torch.AcceleratorError as error:  # the capture's end; its context is the cause
+            except torch.AcceleratorError as error:  # its context is the cause
                 if out_of_memory(error):
                     raise
                 self.cannot_capture(f"({message(error.__context__ or error)})", error)
@@ -112,7 +111,7 @@ class Slot(Trainer):
         return self.graphs[key]
 
     def warm_up(self, step):
-        """A few steps without a graph. They must not change what a graph would freeze."""
+        """Take a few steps without a graph. Raises RunError if they change what a graph freezes."""
         before = self.frozen_by_capture()
         for _ in range(WARM_UP):
             self.position.zero_()
@@ -122,8 +121,8 @@ class Slot(Trainer):
                 self.cannot_capture(f"as it changes {changed[0]}, which a graph would freeze")
 
     def frozen_by_capture(self):
-        """{what: its value now} for all that a graph takes from Python: where tensors are, random
-        states, attributes."""
+        """{what: its value now} of what a graph takes from Python: places of tensors, random states
+        and attributes."""
         model, (_, numpy_state, python_state) = self.network.model, random_states()
         found = {f"the attribute {name}": value for name, value in plain_attributes(model).items()}
         found |= {f"the tensor {name}": (id(t), t.data_ptr(), t.shape, t.stride(), t.requires_grad)
@@ -136,7 +135,7 @@ class Slot(Trainer):
                        f"graph {why}; use --no-graphs") from error
 
     def rehearse(self, count):
-        """So many training steps as most of the run's are, of a slot that has evaluated nothing."""
+        """Take so many typical training steps. For a slot that has evaluated nothing yet."""
         if self.network is None:
             theta = dict.fromkeys((f"theta{i}" for i in range(8)), 1.0)
             h = self.config.fixed(self.data.augmentation.cutout)
@@ -150,16 +149,15 @@ class Slot(Trainer):
 
     @contextmanager
     def turn(self):
-        """Within it, this slot's stream and states of the global random generators are in use."""
+        """Within it, PyTorch uses this slot's stream and random states."""
         generator = torch.cuda.default_generators[self.stream.device_index]
         before = generator.graphsafe_get_state()
-        # A graph reads its random state on the device when it runs: with one state for all, a slot
-        # would overwrite what another's graph is about to read.
+        # A running graph reads its random state from the GPU. If slots shared one state, a slot
+        # could overwrite it before another slot's graph has read it.
         generator.graphsafe_set_state(self.generator)
         try:
             with random_states_kept(), torch.cuda.stream(self.stream):
-                if self.random_states is not None:
-                    set_random_states(self.random_states)
+                set_random_states(self.random_states)
                 yield
                 self.random_states = random_states()
         finally:
@@ -167,7 +165,7 @@ class Slot(Trainer):
 
 
 class Cast(torch.autograd.Function):
-    """float32 tensors to bfloat16, and their gradients back, in one kernel each."""
+    """Casts float32 tensors to bfloat16, and their gradients back, in one kernel each way."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -188,8 +186,8 @@ def all_cast(tensors, dtype):
 
 
 def autocast_weights(model):
-    """{name: parameter} of what autocast would cast: the trained float32 parameters of plain
-    convolutions and linear layers, if nothing else has them too."""
+    """{name: parameter} of those that autocast would cast: the trained float32 parameters that
+    belong to one convolution or linear layer alone."""
     plain = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
     users = Counter(map(id, dict(model.named_parameters(remove_duplicate=False)).values()))
     return {f"{path}.{name}".lstrip("."): p
@@ -199,23 +197,22 @@ def autocast_weights(model):
 
 
 def give_turn():
-    """Within `Turns`, let the other slots go on; elsewhere nothing."""
+    """Within `Turns`, let the other slots go on. Elsewhere do nothing."""
     if getcurrent().parent is not None:
         getcurrent().parent.switch()
 
 
 class Turns:
-    """Runs one call a slot, a few steps of each in turn."""
+    """Runs one call for each slot, a few steps of each in turn."""
 
     def __init__(self):
-        self.busy = {}  # slot: its greenlet, a call that can be left and taken up again
+        self.busy = {}  # slot: its greenlet, a call that can pause
 
     def begin(self, slot, call, *arguments):
         self.busy[slot] = greenlet(lambda: call(*arguments))
 
     def step(self):
-        """Give each busy slot its turn. Returns [(slot, what its call returned)] of those that
-        ended."""
+        """Give each busy slot a turn. Returns [(slot, what its call returned)] of ended calls."""
         ended = []
         for slot, running in list(self.busy.items()):
             with slot.turn():
@@ -227,13 +224,12 @@ class Turns:
 
 
 def make_slots(config, data, count):
-    """So many slots; for 0, as many as pay."""
+    """So many slots; for 0, the best number."""
     return [Slot(config, data) for _ in range(count)] or worthwhile_slots(config, data)
 
 
 def in_turns(slots, tasks):
-    """Evaluate tasks, one a slot, a few steps of each in turn. Yields each individual when it is
-    done."""
+    """Evaluate tasks, one in each slot. Yields each individual when it is done."""
     waiting, idle, turns = list(tasks)[::-1], list(slots), Turns()
     while waiting or turns.busy:
         while waiting and idle:
@@ -245,8 +241,7 @@ def in_turns(slots, tasks):
 
 
 def serve_slots(config, data, count, pipe):
-    """Evaluate the tasks that come through the pipe in turns. For count 0, tell how many slots
-    there are."""
+    """Evaluate the tasks that come through the pipe. For count 0 first send the number of slots."""
     idle, turns = make_slots(config, data, count), Turns()
     if not count:
         pipe.send(len(idle))
@@ -260,7 +255,7 @@ def serve_slots(config, data, count, pipe):
 
 
 def rehearse(slots, count):
-    """So many training steps of each of these slots, in turn."""
+    """Take so many training steps in each of these slots."""
     turns = Turns()
     for slot in slots:
         turns.begin(slot, slot.rehearse, count)
@@ -269,7 +264,7 @@ def rehearse(slots, count):
 
 
 def throughput(slots):
-    """Training images/s of these slots together."""
+    """Training images per second of these slots together."""
     rehearse(slots, 1)  # captures the graphs
     begun = time.perf_counter()
     rehearse(slots, REHEARSAL)
@@ -277,17 +272,15 @@ def throughput(slots):
 
 
 def worthwhile_slots(config, data):
-    """As many slots as pay: their number is doubled while that raises the throughput by a tenth,
-    within the memory. It is remembered for the same GPU, model, precision, batch and PyTorch."""
+    """The best number of slots: double it while the throughput rises by a tenth and the memory is
+    large enough. A file remembers it for the same GPU, model, precision, batch and PyTorch."""
     memory = remembered(config, data)
+    if memory.is_file():
+        return make_slots(config, data, json.loads(memory.read_text(encoding="utf-8")))
     slots, best = [], 0.0
-    known = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else None
-    while len(slots) < (known or MOST_SLOTS):
-        wanted = known or max(1, 2 * len(slots))
+    while len(slots) < MOST_SLOTS:
         try:
-            more = [Slot(config, data) for _ in range(wanted - len(slots))]
-            if known:
-                return more
+            more = make_slots(config, data, len(slots) or 1)
             images = throughput([*slots, *more])
         except RuntimeError as error:
             if not out_of_memory(error) or not slots:
@@ -305,7 +298,7 @@ def worthwhile_slots(config, data):
 
 
 def remembered(config, data):
-    """The file that remembers how many slots pay."""
+    """The file that remembers the best number of slots."""
     what = [torch.__version__, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1],
             config.model, config.precision, config.layout, config.batch_size,
             config.distillation > 0, config.average_weights > 0, data.channels, data.height,
@@ -317,8 +310,8 @@ def remembered(config, data):
 
 
 def out_of_memory(error):
-    """Whether a GPU's memory was too small: cuDNN and CUDA have errors of their own for it, and
-    within a capture the error is the context of another."""
+    """Whether a GPU's memory was too small. cuDNN and CUDA have their own errors for this, and in a
+    capture the error is the context of another."""
     words = "out of memory", "unable to find an engine", "ALLOC_FAILED"
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError):

@@ -1,7 +1,7 @@
 """One try of a model before the run: a parent and its distilled child train a few steps on the CPU.
 
-What a run needs of a model is tried, not asked: it trains, twice to the same end; a child inherits
-its tensors by name; and a new model that is given its state_dict answers as it does.
+The model must train; a second training must end in the same bytes; a child must inherit its tensors
+by name; and a new model with its state_dict must give the same logits.
 """
 
 import tempfile
@@ -20,13 +20,12 @@ from records import Individual
 from settings import settings
 from training import Classifier, Task, Trainer
 
-STEPS = 4  # so that what a model changes in its third step is seen
+STEPS = 4  # enough to see a change that a model makes in its third step
 
 
 def tried(config, data, say):
-    """The config with its layout settled. say: called with a line if that is not channels last.
-
-    Raises ConfigError, whose line says why the model cannot be trained on these images."""
+    """The config with the first layout in which its model trains. say: called with a line if that
+    is the second. Raises ConfigError if the model does not train on these images."""
     layouts = ("channels-last", "contiguous") if config.layout == "auto" else (config.layout,)
     errors = []
     for layout in layouts:
@@ -42,9 +41,10 @@ def tried(config, data, say):
                 say(f"{config.model} trains on contiguous images; channels last would be faster, "
                     f"but there it raises {type(errors[0]).__name__}: {message(errors[0])}")
             return replace(config, layout=layout)
+    error = errors[-1]
     raise refusal(config, f"it cannot be trained on batches of {config.batch_size} images of "
                   f"{data.channels} x {data.height} x {data.width} (channels, height, width): "
-                  f"{type(errors[-1]).__name__}: {message(errors[-1])}") from errors[-1]
+                  f"{type(error).__name__}: {message(error)}") from error
 
 
 def refusal(config, why):
@@ -52,8 +52,8 @@ def refusal(config, why):
 
 
 def try_model(config, data):
-    """Raises ConfigError for a model that trains, but not as a run needs it."""
-    batch = min(config.batch_size, len(data.train), 2)  # BatchNorm cannot train on one image
+    """Raise ConfigError for a model that trains, but not as a run needs it."""
+    batch = min(config.batch_size, len(data.train), 2)
     rows = torch.arange(STEPS * batch) % len(data.train)
     some = ImageSet(data.test.images[:2], data.test.labels[:2])
     data = replace(data, validation=some, test=some, train_clean=None,
@@ -82,8 +82,8 @@ def try_model(config, data):
 
 
 def refuse_changes(trainer, new):
-    """Refuse a model if training has added, removed, resized or replaced a tensor, so that no child
-    could inherit it."""
+    """Refuse a model if training has added, removed or resized a tensor: no child could inherit
+    it. new: an untrained model."""
     before, after = ({name: f"{t.dtype} {tuple(t.shape)}" for name, t in named_tensors(model)}
                      for model in (new, trainer.network.model))
     for name in before | after:
@@ -97,7 +97,7 @@ def refuse_changes(trainer, new):
 @torch.no_grad()
 def refuse_hidden_state(trainer, image_set):
     """Refuse a model if a new one with its state_dict gives other logits."""
-    # Both are laid out in memory alike, since other layouts round otherwise.
+    # A Network, so that both have the same memory layout and round alike.
     model, delivered = trainer.network.model, trainer.new_network(seed=1).model
     usual = plain_attributes(delivered)
     changed = [n for n, value in plain_attributes(model).items() if usual.get(n) != value]
@@ -107,7 +107,7 @@ def refuse_hidden_state(trainer, image_set):
         network.eval()
         torch.manual_seed(0)
         trainer.scored.model = network
-        logits.append(Classifier(trainer, image_set).logits().copy())
+        logits.append(Classifier(trainer, image_set).logits())
     if not np.array_equal(*logits, equal_nan=True):
         named = f", such as {changed[0]}," if changed else ""
         raise refusal(trainer.config, f"its logits depend on something{named} that its state_dict "

@@ -1,12 +1,12 @@
-"""Where evaluations run: in this process, or on processes on CPU cores or GPUs; cluster.py: on Ray.
+"""Where evaluations run: in this process or in worker processes. cluster.py is for Ray.
 
 "Since the evaluation of an individual does not depend on other individuals, the entire EPBT process
-can be parallelized" (Sec. 3.1). So a run gives the same bits for any number of workers. Weights
-travel through the run's folder, images through shared memory, where PyTorch moves what it sends to
-another process, tasks and scores through a pipe.
+can be parallelized" (Sec. 3.1). So on a CPU a run gives the same bits for any number of workers.
+Workers read weights from the run's folder and images from shared memory, into which PyTorch moves
+tensors for another process. Tasks and scores go through a pipe.
 
-On a CPU a worker is a process, with one thread unless --threads says more; a single one is this
-process. A GPU has one process, and in it as many slots as pay (slots.py).
+A worker on a CPU is a process; a single worker is this process. A GPU has one process with several
+slots (slots.py).
 """
 
 import ctypes
@@ -31,21 +31,21 @@ from taylorglo_ext import BackendError
 from training import Task, Trainer
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-ATTEMPTS = 3  # a task whose worker dies is given out again, this many times in all
+ATTEMPTS = 3  # how often a task is tried if its worker dies
 OUT_OF_MEMORY = 75  # the exit code of a worker whose GPU had no memory left
 PATIENCE = 10  # seconds for a worker to exit after it has closed its pipe
 
 
 @dataclass
 class Workers:
-    """Evaluates individuals; what an interrupted run has evaluated is taken from its folder."""
+    """Evaluates individuals, but those that an interrupted run has in its folder."""
 
     pool: object  # a ThisProcess, Processes or cluster.RayPool
     folder: RunFolder
     progress: object  # has tqdm's update(n)
 
     def evaluate(self, individuals, teacher=None, alpha=0.0):
-        """Alg. 1, step 3a: the same individuals, trained and scored, in the same order."""
+        """Alg. 1, step 3a: train and score individuals. Returns them in the same order."""
         evaluated = {m.id: found for m in individuals if (found := self.folder.recall(m))}
         self.progress.update(len(evaluated))
         path = self.folder.individual_path
@@ -72,45 +72,45 @@ class ThisProcess:
         else:
             from slots import in_turns, make_slots  # here, as only a GPU needs it
 
-            slots = make_slots(config, data.to(config.device), config.workers)
-            self.run = partial(in_turns, slots)
+            self.run = partial(in_turns, make_slots(config, data.to(config.device), config.workers))
 
 
 class Processes:
     """A pool of worker processes, started once a run."""
 
     def __init__(self, config, data, count):
-        """count: individuals evaluated at once; 0, on GPUs: as many as pay."""
+        """count: of individuals evaluated at once; 0: each GPU finds its best number."""
         self.context, self.data = start_server(), data
         if config.device == "cpu":
             places = [("cpu", 1)] * count
-        else:  # always in another process: after a CUDA error only a new process can use a GPU
+        else:
             parts = map(len, np.array_split(range(count), torch.cuda.device_count()))
             places = [(f"cuda:{i}", slots) for i, slots in enumerate(parts) if slots or count == 0]
         self.workers = [WorkerProcess(self.context, replace(config, device=device), data, slots)
                         for device, slots in places]
         for worker in self.workers:
-            worker.slots = worker.slots or worker.answer() or 1  # None if it died: run() finds out
+            worker.slots = worker.slots or worker.answer() or 1  # 1 if it died: run() replaces it
 
     def run(self, tasks):
-        """Yields each task's individual as it is done, in no particular order."""
+        """Yields each task's individual when it is done, in any order."""
         waiting, attempts = deque(tasks), Counter()
         while waiting or any(worker.tasks for worker in self.workers):
-            # One task a round to each, so that all GPUs are given the same number.
+            # The next task goes to the worker with the fewest, so that all GPUs share the work.
             while waiting and (free := [w for w in self.workers if len(w.tasks) < w.slots]):
                 min(free, key=lambda worker: len(worker.tasks)).give(waiting.popleft())
             busy = {worker.pipe: worker for worker in self.workers if worker.tasks}
-            for pipe in connection.wait(list(busy)):  # those that have answered or died
-                if (individual := busy[pipe].answer()) is None:
-                    waiting.extendleft(busy[pipe].tasks.values())
-                    self.replace(busy[pipe], attempts)
+            for pipe in connection.wait(list(busy)):
+                worker = busy[pipe]
+                if (individual := worker.answer()) is None:
+                    waiting.extendleft(worker.tasks.values())
+                    self.replace(worker, attempts)
                 else:
-                    del busy[pipe].tasks[individual.id]
+                    del worker.tasks[individual.id]
                     yield individual
 
     def replace(self, worker, attempts):
-        """Start another worker in the place of one that died over its tasks; where the GPU's memory
-        was too small for all of them, with one slot less."""
+        """Start a worker in the place of one that died; with one slot less if the GPU's memory was
+        too small."""
         self.workers.remove(worker)
         slots, ids, code = worker.slots, sorted(worker.tasks), worker.process.exitcode
         if code == UNGUARDED:
@@ -146,7 +146,7 @@ class WorkerProcess:
     """One process of the pool, seen from the parent."""
 
     def __init__(self, context, config, data, slots):
-        """slots: how many tasks it has at once; 0: it finds out how many pay, and tells."""
+        """slots: how many tasks it has at once; 0: it finds the best number and answers it."""
         self.config, self.tasks, self.slots = config, {}, slots
         self.pipe, theirs = context.Pipe()
         arguments = config, data, slots, theirs
@@ -157,22 +157,23 @@ class WorkerProcess:
             reason = message(error) or "the server that forks them is gone"
             raise RunError(f"cannot start a worker process: {reason}; use --workers 1, or where "
                            "/dev/shm is too small docker run --shm-size") from error
-        theirs.close()  # so that its death closes the pipe
+        theirs.close()  # now the worker's death closes the pipe
 
     def give(self, task):
         self.tasks[task.individual.id] = task
         try:
             self.pipe.send(task)
         except OSError:
-            pass  # it died while idle: answer() finds out
+            pass  # it died while idle, and answer() will return None
 
     def answer(self):
-        """What it sends, or None if it died. Raises an error that is the user's to mend."""
+        """What the worker sends: an evaluated individual, or its number of slots; None if it died.
+        Raises the worker's RunError or BackendError."""
         try:
             answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(PATIENCE)
-            self.process.kill()  # if it hangs in its exit, as it can over a GPU that failed
+            self.process.kill()  # a worker can hang in its exit if its GPU has failed
             self.process.join()
             return None
         if isinstance(answer, Exception):
@@ -181,7 +182,7 @@ class WorkerProcess:
 
 
 def serve(config, data, slots, pipe):
-    """The worker process: answers tasks until its parent is gone or it cannot."""
+    """The worker process: evaluate the tasks that come through the pipe until the parent ends."""
     threading.Thread(target=exit_with_parent, daemon=True).start()
     keep_freed_memory()
     try:
@@ -207,7 +208,7 @@ def serve(config, data, slots, pipe):
 
 
 def keep_freed_memory():
-    """Have glibc keep what a training step frees for the next one. By default it gives it back to
+    """Make glibc keep freed memory for the next training step. By default it returns the memory to
     the system, which costs up to 15% of a step's time."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):

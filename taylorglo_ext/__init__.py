@@ -19,7 +19,8 @@ from .reference import (
 
 __all__ = [
     "PLAIN_LOSSES", "BackendError", "TaylorGLOLoss", "distilled_cross_entropy",
-    "generalized_cross_entropy", "label_smoothing", "load", "loss_and_gradient", "losses", "taylorglo_loss",
+    "generalized_cross_entropy", "label_smoothing", "load", "loss_and_gradient", "losses",
+    "taylorglo_loss",
 ]  # fmt: skip
 
 _in_use: dict[str, str] = {}  # device type -> the backend that load() chose for it
@@ -28,16 +29,16 @@ _in_use: dict[str, str] = {}  # device type -> the backend that load() chose for
 def load(backend: str = "auto", device: str = "cpu") -> str:
     """Choose the backend of the loss on one type of device; return it: "fused" or "reference".
 
-    "fused" builds the C++ (and for "cuda" the CUDA) operator, or takes it from the cache, and
-    raises BackendError where that fails; "auto" then warns once and uses the reference. Call it
-    once before worker processes start, and in each worker with the answer. Without a call, the
-    first loss on a device does ``load("auto", device)``.
+    "fused" takes the C++ (for "cuda" also the CUDA) operator from the cache or builds it, and
+    raises BackendError if that fails; "auto" then warns and uses the reference. Call it before
+    worker processes start, and in each worker with the result. Without a call, the first loss on a
+    device does ``load("auto", device)``.
     """
     if backend not in ("auto", "fused", "reference"):
         raise ValueError(f"backend: expected 'auto', 'fused' or 'reference', got {backend!r}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {device!r}")
-    chosen = backend
+    chosen = "reference"
     if backend != "reference":
         try:
             load_library(device)
@@ -46,7 +47,6 @@ def load(backend: str = "auto", device: str = "cpu") -> str:
             if backend == "fused":
                 raise
             warnings.warn(f"taylorglo_ext uses the slower reference loss: {error}", stacklevel=2)
-            chosen = "reference"
     _in_use[device] = chosen
     return chosen
 
@@ -60,7 +60,7 @@ def _backend(device: str) -> str:
     return _in_use.get(device) or load("auto", device)
 
 
-# torch.compiler.assume_constant_result does only this, but takes a second to import torch._dynamo.
+# As torch.compiler.assume_constant_result, which takes a second to import torch._dynamo.
 _backend._dynamo_marked_constant = True
 
 
@@ -72,21 +72,21 @@ def taylorglo_loss(
     """Eq. 2 between labels x and predictions y = softmax(logits), in place of ``F.cross_entropy``.
 
     Args:
-        logits: (B, C) or (B, C, d1, ...), C >= 1, float64, float32, float16 or bfloat16. Nothing
-            else receives a gradient, and the fused backend has no second derivative.
-        labels: (B,) or (B, d1, ...) int64 in [0, C), or ignore_index. On the CPU another value
-            raises ValueError; on CUDA it makes the loss NaN.
+        logits: (B, C) or (B, C, d1, ...), C >= 1, float64, float32, float16 or bfloat16. Only they
+            receive a gradient. The fused backend has no second derivative.
+        labels: (B,) or (B, d1, ...) int64 in [0, C), or ignore_index. Another value raises
+            ValueError on the CPU and makes the loss NaN on CUDA.
         theta: (8,) float32 or float64 on the device of the logits, the parameters of Eq. 2.
         teacher_logits: like logits, or None. With it x is
             alpha softmax(teacher) + (1 - alpha) one-hot, Eq. 3.
         alpha: with a teacher only: a number in [0, 1], or a 0-d float32 or float64 tensor on the
             device of the logits.
-        ignore_index: predictions with this label do not count; None: all do.
+        ignore_index: predictions with this label do not count; None: all count.
         reduction: "mean" over those that count, "sum", or "none".
 
     Returns:
-        A 0-d tensor, or one like labels; float64 for float64 logits, else float32. NaN for the mean
-        of nothing, and for logits whose softmax is NaN.
+        A 0-d tensor, for "none" one like labels; float64 for float64 logits, else float32. NaN for
+        the mean of nothing, and for logits whose softmax is NaN.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape, device or value; the message names the
@@ -95,19 +95,18 @@ def taylorglo_loss(
     given = logits, labels, theta, teacher_logits, alpha
     try:
         if teacher_logits is not None and torch.is_autocast_enabled(logits.device.type):
-            # As in any loss under autocast, the two may differ in dtype.
+            # Under autocast the two may differ in dtype, as in any loss.
             both = logits, teacher_logits
             logits, teacher_logits = (t.to(accumulate_dtype(t.dtype)) for t in both)
         if labels.dim() == 1:
-            rest = theta, teacher_logits, alpha, ignore_index, reduction
-            return _loss(logits, labels, *rest)
+            return _loss(logits, labels, theta, teacher_logits, alpha, ignore_index, reduction)
         check_inputs(logits, labels, theta, teacher_logits, alpha, reduction)
         teacher_logits = None if teacher_logits is None else _rows(teacher_logits)
-        rest = theta, teacher_logits, alpha, ignore_index, reduction
-        loss = _loss(_rows(logits), labels.reshape(-1), *rest)
+        loss = _loss(_rows(logits), labels.reshape(-1), theta, teacher_logits, alpha, ignore_index,
+                     reduction)
         return loss.reshape(labels.shape) if reduction == "none" else loss
     except (AttributeError, RuntimeError, TypeError, ValueError):
-        check_inputs(*given, reduction)  # says what was wrong, and takes no time of a good call
+        check_inputs(*given, reduction)  # only now: it names the error, and takes time
         raise
 
 
@@ -134,11 +133,11 @@ def loss_and_gradient(
     logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits: Tensor | None = None,
     alpha: float | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """:func:`taylorglo_loss` of logits (B, C), and its gradient for them, outside autograd.
+    """:func:`taylorglo_loss` of logits (B, C) and its gradient for them, without autograd.
 
-    A training step goes on with ``logits.backward(gradient)``, without a GPU's launches between
-    loss and logits. Every label counts. The gradient is like the logits, but float32 for float16,
-    so that it can be scaled before it is rounded.
+    A training step goes on with ``logits.backward(gradient)``, which saves a GPU some launches.
+    Every label counts. The gradient is like the logits, but float32 for float16: it can be scaled
+    before it is rounded.
     """
     try:
         logits = logits.detach()
@@ -159,10 +158,10 @@ def loss_and_gradient(
 
 
 class TaylorGLOLoss(nn.Module):
-    """:func:`taylorglo_loss` in place of ``nn.CrossEntropyLoss``; theta is a buffer, not trained.
+    """:func:`taylorglo_loss` in place of ``nn.CrossEntropyLoss``. theta is a buffer, not trained.
 
-    With add_cross_entropy (not in the paper) that is added, with the labels of Eq. 3 where there is
-    a teacher.
+    add_cross_entropy (not in the paper) adds the cross-entropy, with a teacher for the labels of
+    Eq. 3.
     """
 
     def __init__(
@@ -188,8 +187,8 @@ class TaylorGLOLoss(nn.Module):
         self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None,
         alpha: float | Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        cast = self.theta.dtype not in THETA_DTYPES  # by who casts buffers without _apply
-        theta = self.theta.float() if cast else self.theta
+        # A caller may have cast the buffers without _apply.
+        theta = self.theta if self.theta.dtype in THETA_DTYPES else self.theta.float()
         loss = taylorglo_loss(logits, labels, theta, teacher_logits, alpha, **self.options)
         if self.add_cross_entropy:
             given = logits, labels, teacher_logits, alpha
@@ -197,7 +196,7 @@ class TaylorGLOLoss(nn.Module):
         return loss
 
 
-# By the names that --loss and schedules have for them.
+# By their names in --loss and in schedules.
 PLAIN_LOSSES = {"cross-entropy": distilled_cross_entropy,
                 "generalized-cross-entropy": generalized_cross_entropy,
                 "label-smoothing": label_smoothing}

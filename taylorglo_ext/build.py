@@ -1,7 +1,7 @@
 """Builds the fused operator just in time, once per machine, and loads it.
 
-A build has a folder of its own and a lock that the operating system drops with its process, and the
-library goes into the cache when it is complete. So a killed build leaves nothing to wait for.
+A build has its own folder, its lock ends with its process, and only a complete library goes into
+the cache. So nothing waits for a build that was killed.
 """
 
 import fcntl
@@ -21,18 +21,18 @@ import torch
 SOURCES = {"cpu": ("taylorglo.cpp",),
            "cuda": ("taylorglo_cuda.cpp", "taylorglo.cu", "norm_relu.cpp", "norm_relu.cu")}
 HEADERS = ("taylorglo.h", "taylorglo_cuda.h", "operator.h", "norm_relu.h", "packed.h")
-CXX_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")  # psabi: a note on vector arguments
+CXX_FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-psabi")  # no note on vector arguments
 
 _folder = Path(__file__).parent
 _loaded = set()
 
 
 class BackendError(RuntimeError):
-    """The fused loss cannot be had here; the message says what is missing and what to install."""
+    """The fused loss does not work here. The message says what is missing and what to install."""
 
 
 def load_library(device):
-    """Register the operator for "cpu", or for "cpu" and "cuda", building what the cache lacks."""
+    """Register the operator for "cpu", for "cuda" on both; build what the cache lacks."""
     for target in ("cpu",) if device == "cpu" else ("cpu", "cuda"):
         if target in _loaded:
             continue
@@ -43,7 +43,7 @@ def load_library(device):
             if is_whole(library) or not build_alone(target, library):
                 torch.ops.load_library(library)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            # The first line of a compiler's output that says what is wrong.
+            # Of a compiler's output, the first line with an error.
             lines = str(error).strip().splitlines() or [repr(error)]
             said = next((line for line in lines if re.search(r"\berror\b", line)), lines[0])
             raise BackendError(f"the fused {target} operator could not be built: {said.strip()}"
@@ -52,7 +52,7 @@ def load_library(device):
 
 
 def cached_library(target):
-    """Where the library for this machine is, or will be: its name says what it depends on."""
+    """The path of the library for this machine. Its name has a hash of all that it depends on."""
     parts = [torch.__version__, str(torch.version.cuda), os.environ.get("CXX", ""), processor(),
              architectures() if target == "cuda" else ""]
     sources = (*HEADERS, *SOURCES[target], Path(__file__).name)
@@ -82,7 +82,7 @@ def checksum(library):
 
 
 def is_whole(library):
-    """Whether the library is as it was built: to load one that was cut off kills the process."""
+    """Whether the library has its checksum: loading one that was cut off kills the process."""
     try:
         return library.with_suffix(".sha256").read_text(encoding="utf-8") == checksum(library)
     except OSError:
@@ -90,7 +90,7 @@ def is_whole(library):
 
 
 def build_alone(target, library):
-    """Build under a lock what no other process has built meanwhile. Returns whether it did."""
+    """Build under a lock, unless another process has built it meanwhile. Returns whether it did."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise FileNotFoundError(f"no C++ compiler ({compiler}); install one (Debian: apt install "
@@ -123,19 +123,19 @@ def build(target, library, extra_cuda_flags=()):
 
 @contextmanager
 def toolchain(target):
-    """torch.utils.cpp_extension.load, which finds ninja and the CUDA toolkit while this lasts."""
+    """Yields torch.utils.cpp_extension.load, which within it finds ninja and the CUDA toolkit."""
     before = dict(os.environ)
-    # pip puts ninja beside this Python, whose environment need not be activated.
+    # pip puts ninja beside this Python, also if the environment is not activated.
     os.environ["PATH"] = os.pathsep.join([before.get("PATH", os.defpath),
                                           os.path.dirname(sys.executable)])
     if target == "cuda":
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     try:
-        # It would say where it guesses CUDA.
+        # Do not print where PyTorch guesses CUDA.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         from torch.utils import cpp_extension
 
-        cpp_extension.CUDA_HOME = cuda_home()  # None: it says that it needs one
+        cpp_extension.CUDA_HOME = cuda_home()  # for None, load raises an error
         yield cpp_extension.load
     finally:
         os.environ.clear()
@@ -143,7 +143,7 @@ def toolchain(target):
 
 
 def cuda_home():
-    """The CUDA toolkit's folder, or None. The nvcc on the PATH may be a script outside of it."""
+    """The CUDA toolkit's folder, or None. The nvcc on the PATH may be a script elsewhere."""
     nvcc = os.path.realpath(shutil.which("nvcc") or "")
     homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"),
              os.path.dirname(os.path.dirname(nvcc)), "/usr/local/cuda")

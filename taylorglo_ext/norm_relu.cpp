@@ -1,5 +1,5 @@
 // Batch normalisation in training with ReLU as CUDA operators: schema, checks, memory, device and
-// stream. The kernels are in norm_relu.cu; norm_relu.py says when they are used.
+// stream. The kernels are in norm_relu.cu. norm_relu.py decides when to use them.
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -22,7 +22,7 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
-// Channels last from a 16-byte boundary.
+// Whether a tensor is channels last and starts at a 16-byte boundary.
 Tensor laid_out(const Tensor& tensor) {
   const Tensor t = tensor.contiguous(kLast);
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone(kLast);
@@ -33,7 +33,7 @@ bool is_like(const Tensor& tensor, const Tensor& x) {
          tensor.device() == x.device();
 }
 
-// Float32 numbers that belong to the channels of x.
+// Whether a tensor has one float32 number for each channel of x.
 bool is_of(const Tensor& numbers, const Tensor& x, int64_t count) {
   return numbers.numel() == count && numbers.scalar_type() == at::kFloat &&
          numbers.device() == x.device() && numbers.is_contiguous();
@@ -43,7 +43,7 @@ void check(bool fits) {
   TORCH_CHECK_VALUE(fits, "taylorglo: arguments that do not fit; norm_relu.py asks what does");
 }
 
-// x is (N, C, H, W), C a multiple of what 16 bytes hold; at least two rows.
+// x must be (N, C, H, W) with at least two rows, and C must fill whole vectors of 16 bytes.
 void check_x(const Tensor& x, const Tensor& weight, const Tensor& bias) {
   check(x.dim() == 4 && x.size(1) > 0 && x.size(1) * x.element_size() % 16 == 0 &&
         x.numel() > x.size(1) && x.numel() / x.size(1) < (int64_t(1) << 31) &&
@@ -55,7 +55,7 @@ Layout layout_of(const Tensor& x) {
   return Layout(x.numel() / x.size(1), vectors, count_processors(x.get_device()));
 }
 
-// For what the first kernel leaves to the second.
+// Memory for the records that the first kernel writes for the second.
 Tensor empty_records(const Tensor& x, const Layout& layout) {
   const int vector = 16 / static_cast<int>(x.element_size());
   return at::empty({layout.record(vector, layout.slices, 0)}, x.options().dtype(at::kFloat));
@@ -70,7 +70,7 @@ void for_dtype(const Tensor& x, const Call& call) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Returns y and what the backward needs: (2, C), the means and 1 / standard deviation.
+// Returns y, and for the backward (2, C): the means and 1 / standard deviation.
 std::tuple<Tensor, Tensor> norm_relu(const Tensor& any_x, const Tensor& weight, const Tensor& bias,
                                      const Tensor& running_mean, const Tensor& running_var,
                                      const MaybeTensor& any_shortcut, double eps, double momentum) {
@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor> norm_relu(const Tensor& any_x, const Tensor& weight, 
   return {y, saved};
 }
 
-// y: with a shortcut. Returns the gradients of x, weight, bias and the shortcut; the last one is
-// empty without a shortcut.
+// y is given if there is a shortcut. Returns the gradients of x, weight, bias and the shortcut;
+// without a shortcut the last one is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_relu_backward(
     const Tensor& any_dy, const Tensor& any_x, const MaybeTensor& any_y, const Tensor& weight,
     const Tensor& bias, const Tensor& saved) {

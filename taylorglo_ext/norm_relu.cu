@@ -1,10 +1,10 @@
-// Batch normalisation in training, plus a shortcut or not, and ReLU, for channels last: two kernels
-// forward and two backward. The first finds sums over the rows (a row is one pixel's channels), each
-// block over its own, and leaves them as a record. Each block of the second adds up the records, in
-// the same order every time, and fills in the result. No atomics: the same bits each time.
+// relu(batch normalisation + an optional shortcut) in training, for channels last: two kernels
+// forward and two backward. A row is the channels of one pixel. In the first kernel each block sums
+// over its own rows and writes the sums as a record. In the second each block adds up the records,
+// always in the same order, and writes the result. Without atomics the bits are the same each time.
 //
-// Variances come from means and squared distances from them, which are joined as by Chan, Golub and
-// LeVeque (1979): the difference of E[x^2] and E[x]^2 would lose all digits where the mean is large.
+// Variances come from means and squared distances from them, which are merged as by Chan, Golub and
+// LeVeque (1979): E[x^2] - E[x]^2 would lose all digits where the mean is large.
 #include <c10/util/Half.h>
 
 #include <cmath>
@@ -17,7 +17,7 @@ namespace taylorglo {
 namespace {
 
 constexpr int kThreads = Layout::kThreads, kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kMomentRows = 8, kRows = 4;  // rows of which a thread has the numbers at once
+constexpr int kMomentRows = 8, kRows = 4;  // rows whose numbers a thread holds at once
 
 template <typename scalar_t>
 constexpr int kVector = 16 / sizeof(scalar_t);
@@ -26,7 +26,7 @@ constexpr int kSlice = kVector<scalar_t> * Layout::kMostLanes;  // channels of a
 template <typename scalar_t>
 using Vector = Packed<scalar_t, kVector<scalar_t>>;
 
-// The largest number that is 0 in scalar_t: what ReLU gives for it is not positive.
+// The largest number that rounds to 0 in scalar_t. ReLU of it is not positive.
 template <typename scalar_t>
 constexpr float kZero = std::is_same_v<scalar_t, c10::Half> ? 1.f / (1 << 25) : 0.f;
 
@@ -35,8 +35,8 @@ constexpr float kZero = std::is_same_v<scalar_t, c10::Half> ? 1.f / (1 << 25) : 
 template <typename scalar_t>
 struct Walk {
   int lane, channel;  // which vector of the slice, and its first channel
-  bool inside;        // the last slice may have fewer vectors
-  int64_t at, step;   // where the next vector is, and how far it is to the one after
+  bool inside;        // false for a lane without a vector, in the last slice
+  int64_t at, step;   // the place of the next vector, and the distance to the one after
   int left;           // rows
 
   template <typename Problem>
@@ -58,7 +58,7 @@ struct Walk {
     left -= kCount;
   }
 
-  // The next rows' vectors; zeros where no rows are left.
+  // Read the vectors of the next rows; zeros where no rows are left.
   template <int kCount>
   __device__ __forceinline__ void read(const scalar_t* data,
                                        Vector<scalar_t> (&vectors)[kCount]) const {
@@ -82,13 +82,13 @@ __device__ __forceinline__ void read_channels(const float* data, float (&numbers
 
 // ---- Shares of the rows, and how two are joined -------------------------------------------------
 
-// What is known of a channel from `rows` rows. With kMoments, a is the mean and b the sum of
+// The share of `rows` rows in the sums of a channel. With kMoments, a is the mean and b the sum of
 // squared distances from it; without, both are sums.
 struct Share {
   float a, b, rows;
 };
 
-// What the joining of `more` rows to `rows` multiplies with.
+// The factors for joining `more` rows to `rows`.
 struct Weight {
   float part, scale;
   __device__ __forceinline__ Weight(float rows, float more) {
@@ -109,8 +109,8 @@ __device__ __forceinline__ void join(float& a, float& b, float more_a, float mor
   }
 }
 
-// Joins the first kCount channels of two lanes that are `mask` apart. Each keeps one half of them:
-// the lane whose bit is set the second one.
+// Joins the first kCount channels of two lanes that are `mask` apart. Each lane keeps one half: the
+// lane whose bit is set keeps the second.
 template <bool kMoments, int kCount, int kChannels>
 __device__ __forceinline__ void join_halves(float (&a)[kChannels], float (&b)[kChannels],
                                             float& rows, int mask) {
@@ -131,8 +131,8 @@ __device__ __forceinline__ void join_halves(float (&a)[kChannels], float (&b)[kC
   rows += more;
 }
 
-// Joins the shares of the whole block: thread t has that of channel t of the slice afterwards.
-// Every thread must come here. a and b are used up.
+// Joins the shares of the whole block. Afterwards thread t has the share of the slice's channel t.
+// Every thread must call this. It overwrites a and b.
 template <bool kMoments, int kChannels>
 __device__ __forceinline__ Share join_block(float (&a)[kChannels], float (&b)[kChannels],
                                             float rows, int lanes) {
@@ -174,7 +174,7 @@ __device__ __forceinline__ Share join_block(float (&a)[kChannels], float (&b)[kC
   return share;
 }
 
-// Leaves the block's share for the second kernel.
+// Writes the block's share for the second kernel.
 template <bool kMoments, int kChannels>
 __device__ __forceinline__ void leave(float (&a)[kChannels], float (&b)[kChannels], float rows,
                                       const Layout& layout, float* records) {
@@ -188,7 +188,7 @@ __device__ __forceinline__ void leave(float (&a)[kChannels], float (&b)[kChannel
   if (thread == 0) record[2 * channels] = share.rows;
 }
 
-// The share of all blocks of the first kernel: thread t has that of channel t of the slice.
+// Joins the shares of all blocks of the first kernel: thread t gets that of the slice's channel t.
 template <bool kMoments, int kChannels>
 __device__ __forceinline__ Share add_up(const Layout& layout, const float* records) {
   using Numbers = Packed<float, 4>;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 2) find_moments(const NormRelu<scala
   leave<true>(mean, squares, rows, p.layout, p.records);
 }
 
-// Before ReLU and without a shortcut. The backward finds the same bits again.
+// The value before ReLU, without the shortcut. The backward computes the same bits again.
 __device__ __forceinline__ float normalised(float x, float mean, float slope, float bias) {
   return fmaf(x - mean, slope, bias);
 }
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 2) fill_output(const NormRelu<scalar
   __shared__ float means[kSlice<scalar_t>], slopes[kSlice<scalar_t>], biases[kSlice<scalar_t>];
   Walk<scalar_t> walk(p);
   Vector<scalar_t> x[kRows], shortcut[kRows];
-  walk.read(p.x, x);  // on their way while the records are added up
+  walk.read(p.x, x);  // they arrive while the records are added up
   if constexpr (kShortcut) walk.read(p.shortcut, shortcut);
 
   const Share share = add_up<true, kChannels>(p.layout, p.records);
@@ -303,8 +303,8 @@ __global__ void __launch_bounds__(kThreads, 2) fill_output(const NormRelu<scalar
 
 // ---- Backward -----------------------------------------------------------------------------------
 
-// Sums of dz, the gradient before ReLU, and of dz (x - mean). With a shortcut, dz is its gradient
-// and written here, so that the second kernel need not read y.
+// Sums of dz, the gradient before ReLU, and of dz (x - mean). With a shortcut, dz is the shortcut's
+// gradient; it is written here, so that the second kernel need not read y.
 template <typename scalar_t, bool kShortcut>
 __global__ void __launch_bounds__(kThreads, 2) find_sums(const NormReluBackward<scalar_t> p) {
   constexpr int kChannels = kVector<scalar_t>;

@@ -1,4 +1,4 @@
-// What norm_relu.cpp, which knows PyTorch, and norm_relu.cu, which knows CUDA, say to each other.
+// The interface between norm_relu.cpp, which uses PyTorch, and norm_relu.cu, which has the kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,16 +8,16 @@
 
 namespace taylorglo {
 
-// How the numbers are laid over the threads. A thread has a vector of channels and every so many
-// rows; a block has a slice of up to kMostLanes vectors, 128 bytes of each of its rows. So few
-// blocks share a slice, and each of them can add up what all have found.
+// Which thread has which numbers. A thread has one vector of channels in some of the rows. A block
+// has a slice of up to kMostLanes vectors, 128 bytes of each of its rows. Few blocks share a slice,
+// so each of them can add up the results of all.
 struct Layout {
   static constexpr int kThreads = 256, kMostLanes = 8;
-  static constexpr int kLeastRows = 4;  // a thread has at least, where there are several blocks
+  static constexpr int kLeastRows = 4;  // of a thread, where there are several blocks
 
   int lanes = 1;      // vectors in a slice: a power of two
   int slices;         // blockIdx.y
-  int found, filled;  // blocks a slice of the first and of the second kernel
+  int found, filled;  // blocks for each slice in the first and in the second kernel
 
   Layout(int64_t rows, int vectors, int processors) {
     while (lanes < std::min(kMostLanes, vectors)) lanes *= 2;
@@ -28,16 +28,16 @@ struct Layout {
     filled = static_cast<int>(std::min<int64_t>(most, std::max(1, 2 * processors / slices)));
   }
 
-  // A block of the first kernel leaves a record for the second: two numbers a channel, and how many
-  // rows it had; from a 16-byte boundary.
+  // A block of the first kernel writes a record for the second: two numbers for each channel, and
+  // its number of rows. A record starts at a 16-byte boundary.
   __host__ __device__ int record_size(int vector) const { return 2 * lanes * vector + 4; }
   __host__ __device__ int64_t record(int vector, int slice, int block) const {
     return (int64_t(slice) * found + block) * record_size(vector);
   }
 };
 
-// All pointers are to device memory: numbers in rows of `channels`, from 16-byte boundaries, and
-// float32 numbers, one a channel.
+// All pointers are to device memory. Arrays of scalar_t are rows of `channels` numbers and start at
+// 16-byte boundaries; arrays of float have one number for each channel.
 template <typename scalar_t>
 struct NormRelu {
   const scalar_t* x;

@@ -1,5 +1,5 @@
-// The operator's arguments. taylorglo_ext checks them and names what is wrong; what is asked here
-// only keeps a direct call of the operator from memory that is not there.
+// The operator's arguments. taylorglo_ext checks them and names what is wrong. The check here only
+// keeps a direct call of the operator from reading beyond its memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,8 +27,7 @@ inline at::ScalarType accumulate_type(const Tensor& logits) {
   return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// The dtype of the gradient: float16 cannot hold its small numbers until a loss scale has lifted
-// them.
+// The dtype of the gradient: float16 cannot hold its small numbers before a loss scale raises them.
 inline at::ScalarType gradient_type(const Tensor& logits) {
   return logits.scalar_type() == at::kHalf ? at::kFloat : logits.scalar_type();
 }

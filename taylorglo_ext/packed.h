@@ -1,4 +1,4 @@
-// Vectors of up to 16 bytes in a GPU's memory, which one instruction reads or writes.
+// Vectors of up to 16 bytes: one instruction reads or writes one.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -12,7 +12,7 @@ from .reference import accumulate_dtype, reduce
 
 
 def distilled_labels(logits: Tensor, labels: Tensor, teacher_logits=None, alpha=None) -> Tensor:
-    """Eq. 3: alpha softmax(teacher) + (1 - alpha) one-hot; the labels without a teacher."""
+    """Eq. 3: alpha softmax(teacher) + (1 - alpha) one-hot; without a teacher the labels."""
     if teacher_logits is None:
         return labels
     alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
@@ -24,7 +24,7 @@ def distilled_cross_entropy(
     logits: Tensor, labels: Tensor, teacher_logits=None, alpha=None,
     *, ignore_index=None, reduction="mean",
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy; with more dimensions, ignore_index and reduction as ``taylorglo_loss``."""
+    """Cross-entropy. Takes more dimensions, ignore_index and reduction, as ``taylorglo_loss``."""
     kept = None if ignore_index is None else labels != ignore_index
     if kept is not None:
         labels = labels.where(kept, 0)
@@ -37,8 +37,8 @@ def distilled_cross_entropy(
 def generalized_cross_entropy(
     logits: Tensor, labels: Tensor, teacher_logits=None, alpha=None, q: float = 0.7
 ) -> Tensor:
-    """(1 - p_y^q) / q, which wrong labels mislead less (Zhang and Sabuncu 2018), or its expectation
-    over the labels of Eq. 3."""
+    """(1 - p_y^q) / q, which is more robust to wrong labels (Zhang and Sabuncu 2018); with a
+    teacher its expectation over the labels of Eq. 3."""
     log_p = logits.log_softmax(dim=1, dtype=accumulate_dtype(logits.dtype))
     of_class = (1 - torch.exp(q * log_p)) / q
     if teacher_logits is None:

@@ -1,4 +1,4 @@
-"""The TaylorGLO loss in plain PyTorch, the ground truth of the tests; and the checks of its input.
+"""The TaylorGLO loss in plain PyTorch, which the tests take as true, and the checks of its input.
 
 In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTION (the softmax of
 the logits); this is the reverse of the usual habit. n is the number of classes.
@@ -21,10 +21,10 @@ def reference_loss(
     logits: Tensor, labels: Tensor, theta: Tensor, teacher_logits=None, alpha=None,
     ignore_index=None, reduction="mean",
 ) -> Tensor:  # fmt: skip
-    """Eq. 2 and Eq. 3 for logits (B, C). Arguments as for ``taylorglo_loss``, taken as checked.
+    """Eq. 2 and Eq. 3 for logits (B, C). The arguments of ``taylorglo_loss``, not checked again.
 
-    Nothing here looks at a value on the host, so it can be compiled without a graph break and
-    captured in a CUDA graph. A label outside [0, C) makes the loss and that row's gradient NaN.
+    The host reads no value, so torch.compile has no graph break and a CUDA graph can capture it. A
+    label outside [0, C) makes the loss and that row's gradient NaN.
     """
     dtype, classes = accumulate_dtype(logits.dtype), logits.shape[1]
     kept = None if ignore_index is None else labels != ignore_index
@@ -39,7 +39,7 @@ def reference_loss(
 
 
 def reduce(losses: Tensor, kept: Tensor | None, reduction: str) -> Tensor:
-    """The losses, their sum or their mean, of those that are kept (None: all)."""
+    """The losses that are kept (None: all), their sum or their mean."""
     losses = losses if kept is None else torch.where(kept, losses, 0)
     if reduction == "none":
         return losses
@@ -60,7 +60,7 @@ def eq2(x, y, theta):
 
 
 def check_inputs(logits, labels, theta, teacher_logits, alpha, reduction="mean") -> None:
-    """Raise the TypeError or ValueError that names what ``taylorglo_loss`` does not take."""
+    """Raise a TypeError or ValueError that names a wrong argument of ``taylorglo_loss``."""
     tensors = {"logits": logits, "labels": labels, "theta": theta}
     distilled = teacher_logits is not None
     if distilled:
@@ -100,8 +100,7 @@ def _expect(holds: bool, name: str, what: str, got, error=ValueError) -> None:
 
 
 def check_labels(labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
-    """Raise ValueError for a label outside [0, classes). Reads the values, so it is for the CPU
-    only."""
+    """Raise ValueError for a label outside [0, classes). It reads the values: for the CPU only."""
     wrong = (labels < 0) | (labels >= classes)
     if ignore_index is not None:
         wrong &= labels != ignore_index

@@ -1,8 +1,8 @@
-// The operator's schema, its autograd and fake registrations, and the CPU kernel. The formula
-// itself is in taylorglo.h.
+// The operator's schema, its autograd and fake registrations, and the CPU kernel. The formula is in
+// taylorglo.h.
 //
-// The forward computes the loss and, if it will be needed, the gradient in one pass over the
-// logits; the backward only scales that gradient.
+// The forward computes the loss and, if needed, the gradient in one pass over the logits. The
+// backward only scales that gradient.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorSubclassLikeUtils.h>
@@ -35,7 +35,7 @@
 namespace taylorglo {
 namespace {
 
-// ---- Vectors of 64 bytes; the compiler maps them to whatever registers the processor has --------
+// ---- Vectors of 64 bytes, which the compiler maps to the processor's registers ------------------
 
 template <typename T>
 struct Vector;
@@ -51,8 +51,8 @@ struct Vector<double> {
 template <typename T>
 constexpr int kLanes = 64 / sizeof(T);
 
-// exp(v) for v <= 0, to about one unit in the last place; 0 where exp(v) is no normal number, NaN
-// for NaN.
+// exp(v) for v <= 0, to about one unit in the last place; 0 where it is below the normal numbers;
+// NaN for NaN.
 inline Vector<float>::type exp_nonpositive(Vector<float>::type v) {
   using F = Vector<float>::type;
   using I = Vector<float>::bits;
@@ -81,7 +81,7 @@ inline Vector<double>::type exp_nonpositive(Vector<double>::type v) {
   return v;
 }
 
-// ---- Tiles: a few rows of logits, laid out so that every step below is a loop over whole vectors 
+// ---- Tiles: a few rows of logits, laid out so that all loops are over whole vectors -------------
 
 // Many classes: a tile is one row, and neighbouring lanes hold neighbouring classes. Unused lanes
 // are at the row's end.
@@ -106,8 +106,7 @@ struct Wide {
   }
 };
 
-// Few classes: a tile is as many rows as a vector has lanes, one row a lane. In the last tile,
-// lanes may be unused.
+// Few classes: each lane has one row. The last tile may have unused lanes.
 template <typename T>
 struct Tall {
   using V = typename Vector<T>::type;
@@ -121,7 +120,7 @@ struct Tall {
   static V max(V v) { return v; }
 };
 
-// Unused lanes become -inf, so that their softmax is 0.
+// Unused lanes become -inf, whose softmax is 0.
 template <typename Layout, typename T, typename scalar_t>
 void load(typename Layout::V* tile, const scalar_t* source, int64_t rows, int64_t classes) {
   const T infinity = std::numeric_limits<T>::infinity();
@@ -163,12 +162,12 @@ struct Problem {
   int64_t rows, classes;
   std::optional<int64_t> ignore_index;
   Polynomial<T> polynomial;
-  T alpha, scale;  // scale: Eq. 2's -1/n, and the mean over the batch if it is asked for
+  T alpha, scale;  // scale: Eq. 2's -1/n, for the mean also divided by the number of rows
 };
 
-// The sum of f over one tile; writes the tile's gradient and its rows' losses if they are asked
-// for. e and h are memory for the exponentials of the logits and of the teacher's; a NaN or +inf
-// logit makes its whole row NaN.
+// Returns the sum of f over one tile, and writes the tile's gradient and the losses of its rows if
+// asked to. e and h are memory for the exponentials of the logits and of the teacher's logits. A
+// NaN or +inf logit makes its whole row NaN.
 template <typename Layout, bool kTeacher, typename P, typename T>
 double tile_sum(const P& p, const Polynomial<T>& polynomial, typename Layout::V* e,
                 typename Layout::V* h, int64_t first, int64_t rows) {
@@ -224,8 +223,8 @@ double tile_sum(const P& p, const Polynomial<T>& polynomial, typename Layout::V*
   return total;
 }
 
-// The sum of f over all rows. Rows are summed in chunks of fixed size and the chunks in order, so
-// that the result does not depend on the number of threads.
+// The sum of f over all rows. Chunks of rows have a fixed size and are added in order, so the
+// result does not depend on the number of threads.
 template <typename Layout, bool kTeacher, typename P>
 double batch_sum(const P& p) {
   using V = typename Layout::V;
@@ -276,7 +275,7 @@ Tensor empty_loss(const Tensor& logits, int64_t reduction) {
                             : at::empty({}, options);
 }
 
-// Returns the loss; fills `gradient` if it is defined.
+// Returns the loss, and fills `gradient` if it is defined.
 Tensor loss_on_cpu(TAYLORGLO_PARAMETERS, const Tensor& gradient) {
   check_fit(TAYLORGLO_ARGUMENTS);
   const Tensor z = logits.contiguous(), l = labels.contiguous();
@@ -311,8 +310,8 @@ Tensor loss_on_cpu(TAYLORGLO_PARAMETERS, const Tensor& gradient) {
   return loss;
 }
 
-// A fresh gradient of many megabytes costs more in page faults than in arithmetic, so ask for large
-// pages.
+// Asks for large pages: a new gradient of many megabytes costs more time in page faults than in
+// arithmetic.
 Tensor empty_gradient(const Tensor& logits) {
   Tensor gradient = at::empty(logits.sizes(), logits.options().dtype(gradient_type(logits)));
 #if defined(MADV_HUGEPAGE)
@@ -357,10 +356,9 @@ const c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// The saved gradient times the gradient of the loss, which has a number for the batch or one for
-// each row, in `dtype`. Without retain_graph nobody will read the saved one again, so it is scaled
-// in place, which is no work at all in the usual case of a factor 1. What is traced or batched
-// (vmap) takes PyTorch's own operators.
+// The saved gradient times the gradient of the loss (one number, or one for each row), in `dtype`.
+// Without retain_graph nobody reads the saved gradient again, so it is scaled in place; for the
+// usual factor 1 that is no work. Traced or batched (vmap) tensors take PyTorch's own operators.
 Tensor scale_gradient(const Tensor& gradient, const Tensor& upstream, at::ScalarType dtype) {
   static const auto scale_in_place =
       find_operator<decltype(scale_gradient_cpu)>("taylorglo::scale_gradient_");
@@ -374,8 +372,8 @@ Tensor scale_gradient(const Tensor& gradient, const Tensor& upstream, at::Scalar
   return gradient;
 }
 
-// A plain Node, as PyTorch's own operators have: torch::autograd::Function costs about 5 us more, a
-// sixth of the whole step for 128 rows of 10 classes.
+// A plain Node, as in PyTorch's own operators: torch::autograd::Function costs about 5 us more, a
+// sixth of forward and backward for 128 rows of 10 classes.
 struct TaylorGLOLossBackward : torch::autograd::Node {
   torch::autograd::SavedVariable gradient;
   at::ScalarType dtype = at::kFloat;  // of the logits

@@ -1,12 +1,11 @@
-// The CUDA kernels: one launch computes the loss and the gradient, one launch scales the gradient.
-// The formula itself is in taylorglo.h; the checks, the memory and the stream are in
-// taylorglo_cuda.cpp. Nothing here reads a device value on the host, so that the launches can be
-// captured in a graph.
+// The CUDA kernels: one launch computes the loss and the gradient, another scales the gradient. The
+// formula is in taylorglo.h; checks, memory and stream are in taylorglo_cuda.cpp. The host reads no
+// device value here, so a graph can capture the launches.
 //
-// A row belongs to a power of two of lanes of one warp, so that a warp has one long row or several
-// short ones; a longer row belongs to a block. Each thread reads its numbers once, keeps them in
-// registers and exponentiates them once, against its own maximum; one exchange between the threads
-// then gives the row's maximum and its moments. Only a row that no block's registers hold is read
+// A power of two of lanes of one warp shares a row: a warp has one long row or several short ones.
+// A block shares a longer row. Each thread reads its numbers once, keeps them in registers and
+// computes their exponentials once, against its own maximum. Then one exchange between the threads
+// gives the row's maximum and moments. Only a row that is too long for a block's registers is read
 // twice.
 #include <algorithm>
 #include <cmath>
@@ -66,10 +65,10 @@ __device__ __forceinline__ void prefetch(const void* data) {
 #endif
 }
 
-// ---- The numbers of a row that one thread has ---------------------------------------------------
+// ---- One thread's numbers of a row --------------------------------------------------------------
 
-// Every kStride-th vector from `row` on, where `left` vectors are left. What is not there is minus
-// infinity, whose exponential is 0. A stride that the compiler knows needs no arithmetic.
+// Reads every kStride-th vector from `row` on, where `left` vectors are left. Missing numbers are
+// minus infinity, whose exponential is 0. A stride that the compiler knows needs no arithmetic.
 template <int kVector, int kStride, int kNumbers, typename scalar_t, typename T>
 __device__ __forceinline__ void load(const scalar_t* row, int left, T (&numbers)[kNumbers]) {
 #pragma unroll
@@ -99,7 +98,7 @@ __device__ __forceinline__ void exponentiate(T (&numbers)[kNumbers], T max) {
   for (int i = 0; i < kNumbers; ++i) numbers[i] = exponential(numbers[i] - max);
 }
 
-// What turns exponentials against `max` into exponentials against a larger maximum.
+// The factor that turns exponentials against `max` into exponentials against a larger maximum.
 template <typename T>
 __device__ __forceinline__ T ratio(T max, T larger) {
   return max == larger ? T(1) : exponential(max - larger);
@@ -132,13 +131,13 @@ struct Column {
     }
   }
 
-  // Not to the threads, but to the compiler, which would keep the numbers in registers.
+  // For the compiler only, which would keep the numbers in registers.
   __device__ __forceinline__ static void fence() { asm volatile("" ::: "memory"); }
 };
 
 // ---- Sums over threads --------------------------------------------------------------------------
 
-// The moments against the maxima of the logits and of the teacher's. Starts without any number.
+// The moments against the maxima of the logits and of the teacher's logits, at first of no numbers.
 template <typename T, bool kTeacher>
 struct Share {
   T max = -INFINITY, teacher_max = -INFINITY;
@@ -150,7 +149,7 @@ struct Share {
     teacher_max = new_teacher_max;
   }
 
-  // The share of `lanes` neighbours together. Every lane of the warp must come here.
+  // Adds up the shares of `lanes` neighbours. Every lane of the warp must call this.
   __device__ __forceinline__ void join(int lanes) {
     T most = max, teacher_most = teacher_max;
 #pragma unroll
@@ -167,13 +166,13 @@ struct Share {
   }
 };
 
-// The share of the whole block. Every thread of the block must come here.
+// Adds up the shares of the whole block. Every thread of the block must call this.
 template <typename T, bool kTeacher>
 __device__ __forceinline__ void join_block(Share<T, kTeacher>& share) {
   __shared__ T numbers[Moments<T, kTeacher>::kCount + 2][kWarp];
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;  // powers of two
   share.join(kWarp);
-  __syncthreads();  // until all have read the previous row's numbers
+  __syncthreads();  // all threads have read the previous row's numbers
   if (lane == 0) {
     const int warp = threadIdx.x / kWarp;
     numbers[0][warp] = share.max;
@@ -190,11 +189,11 @@ __device__ __forceinline__ void join_block(Share<T, kTeacher>& share) {
   share.join(warps);
 }
 
-// The sum over the block in thread 0, in a fixed order. Every thread must come here.
+// The sum over the block in thread 0, in a fixed order. Every thread must call this.
 __device__ double sum_over_block(double v) {
   __shared__ double warps[kWarp];
   for (int mask = kWarp / 2; mask > 0; mask /= 2) v += shuffle_xor(v, mask);
-  __syncthreads();  // until all have read the previous call's result
+  __syncthreads();  // all threads have read the previous call's result
   if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = v;
   __syncthreads();
   v = 0;
@@ -206,13 +205,13 @@ __device__ double sum_over_block(double v) {
 
 // ---- The loss -----------------------------------------------------------------------------------
 
-// Eq. 2's -1/n, and the mean over the batch if it is asked for.
+// Eq. 2's -1/n, for the mean also divided by the number of rows.
 template <typename scalar_t>
 __device__ __forceinline__ double loss_scale(const Problem<scalar_t>& p) {
   return p.mean && p.kept ? p.scale / static_cast<double>(*p.kept) : p.scale;
 }
 
-// In shared memory, since registers are for the numbers.
+// The parameters are in shared memory, since the numbers fill the registers.
 template <typename T>
 struct Parameters {
   Polynomial<T> polynomial;
@@ -226,13 +225,13 @@ struct Parameters {
   }
 };
 
-// With few numbers a thread has registers left to read the parameters while they are on their way.
+// A thread with few numbers has registers left to read the parameters while the numbers arrive.
 template <int kNumbers, Scope kScope>
 constexpr bool kReadsLate = kScope == Scope::kWarpRows && kNumbers <= 8;
 
-// Where a thread's numbers of one row are. Many numbers have their place made anew for each step of
-// the work, and from memory, since the compiler would otherwise keep every comparison with the
-// row's end from the load to the store.
+// The places of a thread's numbers of one row. With many numbers, each step of the work computes
+// the places anew, from memory: otherwise the compiler would keep every comparison with the row's
+// end from the load to the store.
 template <int kVector, int kNumbers, int kLanes, Scope kScope>
 struct Place {
   static constexpr int kSteps = kNumbers / kVector;
@@ -247,13 +246,13 @@ struct Place {
                   : *const_cast<const volatile int*>(&parameters.classes);
     vectors = exists ? classes / kVector : 0;
     start = exists ? int64_t(row) * classes : 0;
-    // A warp's lanes, or kLanes of them, have neighbouring vectors; the warps of a block have one
-    // stretch of the row after the other.
+    // The lanes of a warp, or kLanes of them, have neighbouring vectors. The warps of a block have
+    // consecutive parts of the row.
     mine = threadIdx.x % kLanes;
     if constexpr (kScope != Scope::kWarpRows) mine += threadIdx.x / kWarp * kWarp * kSteps;
   }
 
-  // A row that is too long for the block's registers is a sequence of tiles, else there is one.
+  // A row that is too long for the block's registers has several tiles, else one.
   __device__ __forceinline__ bool next() {
     const int tile = static_cast<int>(blockDim.x) * kSteps;
     first += tile;
@@ -267,8 +266,8 @@ struct Place {
   }
 };
 
-// The thread's turn with a row: writes its part of the gradient. Returns the row's sum of f in the
-// first thread of the row, 0 in the others. If it `reads`, thread 0 reads the parameters.
+// A thread's work on a row: it writes its part of the gradient. The row's first thread returns the
+// row's sum of f, the others 0. If `reads`, thread 0 reads the parameters.
 template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope, typename scalar_t,
           typename T>
 __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& parameters, int row,
@@ -306,7 +305,7 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& p
   const T max = share.max, teacher_max = share.teacher_max;
   if constexpr (kScope == Scope::kWarpRows) {
     share.join(kLanes);
-    if (reads) __syncthreads();  // until the parameters are there
+    if (reads) __syncthreads();  // now the parameters are there
   } else {
     join_block(share);
   }
@@ -326,7 +325,7 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& p
   Row<T, T, kTeacher> result(polynomial, share.moments, static_cast<T>(to.classes),
                              kTeacher ? parameters.alpha : T(0), y_factor, x_factor, e_label,
                              h_label);
-  if (!inside && !ignored) result.f = result.dot = NAN;  // and with it the loss
+  if (!inside && !ignored) result.f = result.dot = NAN;  // this makes the loss NaN
   const T f = to.mine == 0 && !ignored ? result.f : T(0);
   if (!p.gradient) return f;
 
@@ -361,7 +360,7 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& p
       round_vector(numbers, packed);
       if (to.vectors - to.mine > s * kLanes) gradient[s * kLanes] = packed;
     }
-    // The thread that wrote the label's class writes it again.
+    // The thread that wrote the label's class corrects it.
     const int away = label / kVector - to.mine;
     if (inside && exists && away >= 0 && away < kLanes * Here::kSteps && away % kLanes == 0) {
       p.gradient[to.start + label] = label_gradient;
@@ -372,8 +371,8 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& p
 
 __device__ unsigned counters[kCounters];
 
-// Adds up the threads' sums and writes the loss. The last block to arrive adds up the blocks, in
-// order. The count of blocks goes back to 0 with the last one, for the next launch.
+// Adds up the threads' sums and writes the loss. The last block to arrive adds up the blocks in
+// order, and sets the count of blocks back to 0 for the next launch.
 template <typename scalar_t>
 __device__ __forceinline__ void finish(const Problem<scalar_t>& p, double sum) {
   __shared__ bool is_last;
@@ -411,7 +410,7 @@ __global__ void __launch_bounds__(kScope == Scope::kWarpRows
   const int block_rows = blockDim.x / row_threads;
   const int rows = static_cast<int>(p.rows);
   double sum = 0;
-  // Every thread of a block takes every turn of this loop, for the sums over a row's threads.
+  // Every thread of a block takes part in every turn, for the sums over a row's threads.
   const int begin = blockIdx.x * block_rows;
   for (int first = begin; first < rows; first += gridDim.x * block_rows) {
     const int row = first + threadIdx.x / row_threads;
@@ -424,24 +423,24 @@ __global__ void __launch_bounds__(kScope == Scope::kWarpRows
   if (!p.row_losses) finish(p, sum);
 }
 
-// *kept = how many labels are not ignore_index; one block.
+// *kept = the number of labels that are not ignore_index. For one block.
 __global__ void __launch_bounds__(1024)
     count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, int64_t* kept) {
   int count = 0;  // rows < 2^30
-#pragma unroll 16  // so that 16 labels are on their way at once
+#pragma unroll 16  // 16 labels are read at once
   for (int64_t row = threadIdx.x; row < rows; row += blockDim.x)
     count += labels[row] != ignore_index;
   const double total = sum_over_block(count);
   if (threadIdx.x == 0) *kept = static_cast<int64_t>(total);
 }
 
-// ---- How a batch is laid over the threads -------------------------------------------------------
+// ---- Which threads have which rows --------------------------------------------------------------
 
 template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope = Scope::kWarpRows,
           typename scalar_t>
 void start(const Problem<scalar_t>& p, int threads, int processors, cudaStream_t stream) {
   if constexpr (kScope == Scope::kWarpRows) {
-    // One block, where that is enough, has no other to wait for.
+    // If one block is enough, it has no other to wait for.
     constexpr int kMost = kMostWarpThreads<Accumulate<scalar_t>>;
     const int64_t wanted = p.rows * kLanes;
     threads = wanted > int64_t(processors) * 1024 ? std::min(kMost, 256) : std::min(kMost, 128);
@@ -467,7 +466,7 @@ void choose(const Problem<scalar_t>& p, int processors, cudaStream_t stream) {
                 kMany = kDouble    ? 8
                         : kTeacher ? 16
                                    : 32;
-  // Few numbers a lane have the least delay, many the least work beside them.
+  // Few numbers for each lane mean the least delay, many the least work beside them.
   const bool is_small = p.rows * kWarp <= int64_t(processors) * 1024;
   int threads = 2 * kWarp;
   constexpr int kMost = kTeacher ? std::min(kMostColumns, kMostThreads<T>) : kMostThreads<T>;
@@ -499,7 +498,7 @@ template <typename scalar_t>
 __global__ void __launch_bounds__(kScaleThreads)
     scale_kernel(scalar_t* gradient, int64_t size, Real upstream) {
   using T = Accumulate<scalar_t>;
-  __shared__ T factor;  // read once a block: a read by each thread would take 30 us
+  __shared__ T factor;  // read once for each block: a read by each thread would take 30 us
   if (threadIdx.x == 0) factor = read_number<T>(upstream);
   __syncthreads();
   if (factor == 1) return;  // the usual case: loss.backward() with nothing after the loss

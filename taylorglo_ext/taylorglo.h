@@ -1,5 +1,4 @@
-// The mathematics of the TaylorGLO loss, once, for the host and the device. taylorglo.cpp and
-// taylorglo.cu include it.
+// The mathematics of the TaylorGLO loss, for taylorglo.cpp on the CPU and taylorglo.cu on the GPU.
 //
 // In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTION (the softmax of
 // the logits z); this is the reverse of the usual habit. n is the number of classes:
@@ -12,12 +11,12 @@
 //   f     = f0 + f1 x + f2 x^2 + (a0 + a1 x + a2 x^2) y + (b0 + b1 x) y^2 / 2 + c y^3 / 3
 //   df/dy = a0 + a1 x + a2 x^2 + (b0 + b1 x) y + c y^2
 //
-// So the sums of f and of y df/dy over the classes are sums of products of x and y, the moments.
-// They are taken over e = exp(z - max z) and, with a teacher, h = exp(teacher - max teacher) in the
-// pass that finds the softmax; y = e / sum e and, where the class is not the label,
-// x = alpha h / sum h (0 without a teacher). Because sum y = 1, a0 is in every G_j and in
-// sum_i G_i y_i, and cancels: it is left out of both. All classes are treated as if they were not
-// the label. The label's class has d = 1 - alpha more in its x, which adds to f and to df/dy
+// So the sums of f and of y df/dy over the classes are sums of products of x and y: the moments.
+// The pass that finds the softmax computes them from e = exp(z - max z) and, with a teacher,
+// h = exp(teacher - max teacher). Then y = e / sum e and, for a class that is not the label,
+// x = alpha h / sum h (0 without a teacher). a0 is in every G_j and, because sum y = 1, also in
+// sum_i G_i y_i. It cancels, so both leave it out. All classes are first treated as if none were
+// the label. The label's class has an x that is larger by d = 1 - alpha, which adds to f and df/dy
 //
 //   d (f1 + f2 u + (a1 + a2 u) y + b1 y^2 / 2)  and  d (a1 + a2 u + b1 y)   with u = 2 x + d.
 #pragma once
@@ -55,7 +54,7 @@ struct Polynomial {
   }
 };
 
-// The moments of a row, or of several rows side by side: V is S, or a vector of S.
+// The moments of one row, or of several rows if V is a vector of S.
 template <typename V, bool kTeacher>
 struct Moments {
   static constexpr int kCount = kTeacher ? 8 : 3;
@@ -77,7 +76,7 @@ struct Moments {
     }
   }
 
-  // From sums over e and h to those over e times `e` and h times `h`.
+  // Turn sums over e and h into sums over e times `e` and h times `h`.
   TAYLORGLO_HOST_DEVICE void scale(V e, V h) {
     sum[kE] *= e;
     sum[kEE] *= e * e;
@@ -92,14 +91,14 @@ struct Moments {
   }
 };
 
-// What follows from the moments of a row and from its label's class.
+// The loss of a row, and the numbers for its gradient.
 template <typename S, typename V, bool kTeacher>
 struct Row {
   V f, dot;            // sum_i f_i; sum_i G_i y_i without a0
-  V label_y, label_x;  // the prediction of the label's class, and its x as if it were another class
-  V label_df;          // what being the label adds to its G
+  V label_y, label_x;  // y of the label's class, and its x as if it were not the label
+  V label_df;          // what the label adds to the G of its class
 
-  // e_label and h_label belong to the label's class; 1 / sum e and alpha / sum h normalise.
+  // e_label, h_label: of the label's class. y_factor: 1 / sum e. x_factor: alpha / sum h.
   TAYLORGLO_HOST_DEVICE Row(const Polynomial<S>& p, Moments<V, kTeacher> m, S n, S alpha,
                             V y_factor, V x_factor, V e_label, V h_label) {
     using M = Moments<V, kTeacher>;

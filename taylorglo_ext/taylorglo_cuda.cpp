@@ -1,4 +1,4 @@
-// The CUDA operators: memory, device and stream; the kernels are in taylorglo.cu.
+// The CUDA operators: memory, device and stream. The kernels are in taylorglo.cu.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -33,10 +33,10 @@ Real real(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.scalar_type() == at::kDouble};
 }
 
-// Which of the device's counters a launch uses: they wrap back to 0 by themselves, so no launch has
-// to clear one, but two that may run at the same time must not share one. The launches on a stream
-// take turns with the stream's; a launch that is captured takes one for good, since its graph may
-// run beside anything. kCounters when none is left.
+// Which of the device's counters a launch uses. A counter wraps back to 0, so no launch has to
+// clear it. Two launches that may run at the same time need two counters: the launches on a stream
+// share the stream's, and a captured launch takes one for good, since its graph may run beside any
+// other. Returns kCounters if none is left.
 unsigned take_counter(c10::cuda::CUDAStream stream) {
   static std::mutex mutex;
   static std::map<cudaStream_t, unsigned> of_stream;
@@ -50,7 +50,7 @@ unsigned take_counter(c10::cuda::CUDAStream stream) {
   return taken < kCounters ? of_stream[stream] = taken++ : kCounters;
 }
 
-// Returns the loss; fills `gradient` if it is defined.
+// Returns the loss, and fills `gradient` if it is defined.
 Tensor loss_on_cuda(TAYLORGLO_PARAMETERS, const Tensor& gradient) {
   check_fit(TAYLORGLO_ARGUMENTS);
   const auto stream = c10::cuda::getCurrentCUDAStream();

@@ -1,6 +1,5 @@
-// What taylorglo_cuda.cpp, which knows PyTorch, and taylorglo.cu, which knows CUDA, say to each
-// other. They are apart because nvcc takes twenty seconds to read PyTorch's headers, and a few to
-// compile the kernels.
+// The interface between taylorglo_cuda.cpp, which uses PyTorch, and taylorglo.cu, which has the
+// kernels. They are apart because nvcc needs twenty seconds for PyTorch's headers.
 #pragma once
 
 #include <c10/util/Half.h>
@@ -14,7 +13,7 @@ namespace taylorglo {
 template <typename scalar_t>
 using Accumulate = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
-// float16 cannot hold the small numbers of a gradient until a loss scale has lifted them.
+// float16 cannot hold the small numbers of a gradient before a loss scale raises them.
 template <typename scalar_t>
 using Gradient = std::conditional_t<std::is_same_v<scalar_t, c10::Half>, float, scalar_t>;
 
@@ -37,19 +36,19 @@ struct Problem {
   int64_t rows, classes;
   Real theta, alpha;  // alpha.data may be nullptr: then alpha_number
   double alpha_number;
-  int64_t* kept;  // for one number, how many labels are not ignore_index; nullptr: all count
+  int64_t* kept;  // where to count the labels that are not ignore_index; nullptr: all count
   int64_t ignore_index;
-  bool row_losses, mean;  // one loss a row; or their sum, or their mean
-  double scale;           // Eq. 2's -1/n, and 1 / rows for the mean without `kept`
-  double* partial;        // for kMostBlocks numbers, the sums of the blocks
-  unsigned* blocks_done;  // one 0 of our own, or nullptr: then `counter` of the device's counters
+  bool row_losses, mean;  // one loss for each row; else their mean or their sum
+  double scale;           // Eq. 2's -1/n, for the mean without `kept` also 1 / rows
+  double* partial;        // kMostBlocks numbers: the sums of the blocks
+  unsigned* blocks_done;  // a 0 for this launch, or nullptr: then the device's counter `counter`
   unsigned counter;
 };
 
-// How many multiprocessors a device has.
+// The number of a device's multiprocessors.
 int count_processors(int device);
 
-// How many counters a device has.
+// The number of a device's counters.
 constexpr unsigned kCounters = 1 << 16;
 
 template <typename scalar_t>

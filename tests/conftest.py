@@ -46,17 +46,19 @@ def run_epbt(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pretend():
-    """Carries out a method with random fitness in place of training. Returns a namespace of the log, as RunFolder
-    writes it; the calls (individuals, teacher, alpha) of Workers.evaluate; and everyone, the individuals by id."""
+    """Carries out a method with random fitness in place of training. Returns a namespace: log, as
+    RunFolder writes it; calls of Workers.evaluate (individuals, teacher, alpha); everyone by id."""
     def run(config, diverges=lambda individual: False, after=None):
-        log, calls, everyone = ([], [], {}) if after is None else (after.log[:], after.calls[:], dict(after.everyone))
+        after = after or SimpleNamespace(log=[], calls=[], everyone={})
+        log, calls, everyone = after.log[:], after.calls[:], dict(after.everyone)
 
         def evaluate(individuals, teacher=None, alpha=0.0):
             calls.append((individuals, teacher, alpha))
             for individual in individuals:
                 rng = np.random.default_rng((1, individual.id))
                 individual.diverged = diverges(individual)
-                accuracy = max(0, rng.uniform(-0.2, 1)) * (not individual.diverged)  # many live with a fitness of 0
+                # Many live with a fitness of 0.
+                accuracy = max(0, rng.uniform(-0.2, 1)) * (not individual.diverged)
                 individual.correct = rng.random(50) < accuracy
                 individual.fitness = individual.correct.mean()  # a multiple of 1/50: there are ties
                 everyone[individual.id] = individual

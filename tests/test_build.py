@@ -1,6 +1,5 @@
 """Building the fused loss, and what happens where that fails."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -22,102 +21,89 @@ def backend_afterwards():
     load("auto")
 
 
-def run_python(code, cache, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True,
-        stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(cache), **environment},
-    )  # fmt: skip
+def run_python(code, *arguments, **environment):
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, text=True,
+                            start_new_session=True, stderr=subprocess.PIPE,
+                            env={**os.environ, **environment})
 
 
 def test_a_killed_build_does_not_block_the_next(tmp_path):
-    code = "import taylorglo_ext; taylorglo_ext.load('fused')"
-    killed = run_python(code, tmp_path)
+    def load_fused():
+        return run_python("import taylorglo_ext; taylorglo_ext.load('fused')",
+                          TORCH_EXTENSIONS_DIR=str(tmp_path))
+
+    killed = load_fused()
     while not list(tmp_path.glob("taylorglo/*.building-*/*.ninja")):
         assert killed.poll() is None
         time.sleep(0.05)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    _, progress = run_python(code, tmp_path).communicate(timeout=120)
-    assert "building" in progress
+    assert "building" in load_fused().communicate(timeout=120)[1]
     (library,) = tmp_path.glob("taylorglo/*.so")
     assert not list(tmp_path.glob("taylorglo/*.building-*"))
-    _, progress = run_python(code, tmp_path).communicate(timeout=60)
-    assert "building" not in progress
+    assert "building" not in load_fused().communicate(timeout=60)[1]
 
 
-@contextlib.contextmanager
-def nothing_loaded(monkeypatch, cache, **environment):
+@pytest.fixture
+def nothing_loaded(monkeypatch, tmp_path):
+    """As in a new process with an empty cache."""
+    monkeypatch.setattr(build, "_loaded", set())
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_loaded", set())
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(cache))
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+        yield patch
 
 
-def test_without_a_compiler(monkeypatch, tmp_path):
-    with nothing_loaded(monkeypatch, tmp_path, CXX="no-such-compiler"):
-        with pytest.raises(BackendError, match="no C.. compiler .*install"):
-            load("fused")
-        with pytest.warns(UserWarning, match="reference.* install"):
-            assert load("auto") == "reference"
-        taylorglo_loss(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.zeros(8))
-    for arguments, error, message in (
-        (("fast",), ValueError, "backend"),
-        (("auto", "tpu"), ValueError, "device"),
-    ):
-        with pytest.raises(error, match=message):
-            load(*arguments)
+def test_without_a_compiler(nothing_loaded):
+    nothing_loaded.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendError, match="no C.. compiler .*install"):
+        load("fused")
+    with pytest.warns(UserWarning, match="reference.* install"):
+        assert load("auto") == "reference"
+    taylorglo_loss(torch.zeros(3, 4), torch.tensor([0, 1, 2]), torch.zeros(8))
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda data: data[:20000], lambda data: data[:-1000] + bytes(1000), lambda data: b""]
-)
-def test_a_damaged_library_is_not_loaded(monkeypatch, tmp_path, damage):
-    good = build.cached_library("cpu").read_bytes()
-    with nothing_loaded(monkeypatch, tmp_path):
-        library = build.cached_library("cpu")
-        library.parent.mkdir()
-        library.write_bytes(good)
-        library.with_suffix(".sha256").write_text(build.checksum(library))
-        assert build.is_whole(library)
-        library.write_bytes(damage(good))
-        monkeypatch.setattr(build, "build", lambda target, library: rebuilt.append(library))
-        rebuilt = []
-        build.load_library("cpu")
-        assert rebuilt == [library]
+@pytest.mark.parametrize("arguments, name", [(("fast",), "backend"), (("auto", "tpu"), "device")])
+def test_what_load_does_not_take_is_named(arguments, name):
+    with pytest.raises(ValueError, match=f"{name}: expected .* got '{arguments[-1]}'"):
+        load(*arguments)
 
 
-def test_a_failed_build_says_so_in_one_line(monkeypatch, tmp_path):
+good = build.cached_library("cpu")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[:20000], lambda data: data[:-1000] + bytes(1000), lambda data: b""])
+def test_a_damaged_library_is_not_loaded(nothing_loaded, damage):
+    rebuilt, library = [], build.cached_library("cpu")
+    library.parent.mkdir(parents=True)
+    library.write_bytes(good.read_bytes())
+    library.with_suffix(".sha256").write_text(build.checksum(library))
+    assert build.is_whole(library)
+    library.write_bytes(damage(good.read_bytes()))
+    nothing_loaded.setattr(build, "build", lambda target, library: rebuilt.append(library))
+    build.load_library("cpu")
+    assert rebuilt == [library]
+
+
+def test_a_failed_build_says_so_in_one_line(nothing_loaded, tmp_path):
     compiler = tmp_path / "c++"
-    compiler.write_text(
-        "#!/bin/sh\n"
-        "case $1 in --version|-dumpversion|-dumpfullversion) exec c++ $@ ;; esac\n"
-        "echo 'x.cpp:1: error: out of order' >&2; exit 1\n"
-    )
+    compiler.write_text("#!/bin/sh\n"
+                        "case $1 in --version|-dumpversion|-dumpfullversion) exec c++ $@ ;; esac\n"
+                        "echo 'x.cpp:1: error: out of order' >&2; exit 1\n")
     compiler.chmod(0o755)
-    with nothing_loaded(monkeypatch, tmp_path / "cache", CXX=str(compiler)):
-        with pytest.raises(BackendError, match="out of order") as caught:
-            load("fused")
+    nothing_loaded.setenv("CXX", str(compiler))
+    with pytest.raises(BackendError, match="out of order") as caught:
+        load("fused")
     assert "\n" not in str(caught.value) and caught.value.__cause__ is not None
     assert not list(tmp_path.glob("cache/taylorglo/*building*"))
 
 
 @pytest.mark.skipif(build.cuda_home() is None, reason="needs nvcc")
 def test_cuda_source_compiles_without_a_warning(tmp_path):
-    code = (
-        "import sys, pathlib; from taylorglo_ext import build; build.load_library('cpu');"
-        "build.build('cuda', pathlib.Path(sys.argv[1]) / 'taylorglo_cuda.so',"
-        " ('-Werror=all-warnings', '-Xcompiler=-Wall,-Werror'))"
-    )
-    environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code = ("import sys, pathlib; from taylorglo_ext import build; build.load_library('cpu');"
+            "build.build('cuda', pathlib.Path(sys.argv[1]) / 'taylorglo_cuda.so',"
+            " ('-Werror=all-warnings', '-Xcompiler=-Wall,-Werror'))")
+    building = run_python(code, str(tmp_path), TORCH_CUDA_ARCH_LIST="8.0;9.0")
+    said = building.communicate()[1]
+    assert building.returncode == 0, said[-3000:]
     assert (tmp_path / "taylorglo_cuda.so").exists()

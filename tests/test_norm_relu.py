@@ -1,7 +1,8 @@
-"""relu(batch normalisation + shortcut): by hand, as PyTorch's own on a CPU, and the kernels on a GPU."""
+"""relu(batch normalisation + shortcut): by hand, as PyTorch on a CPU, and the kernels on a GPU."""
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from taylorglo_ext import load
 DEVICE = "cuda"
 CHANNELS_LAST = torch.channels_last
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-# Those of ResNets and of a wide one at a batch of 128, and odd ones: fewer rows than a block has, slices of unequal
-# width, one channel's vector, more than a thousand channels.
-SHAPES = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (128, 160, 32, 32), (1, 8, 3, 5), (7, 24, 9, 9),
-          (3, 40, 7, 5), (3, 8, 1, 1), (5, 1048, 2, 3), (33, 96, 5, 1)]
+# Those of ResNets and of a wide one at a batch of 128, and odd ones: fewer rows than a block has,
+# slices of unequal width, one channel's vector, more than a thousand channels.
+SHAPES = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (128, 160, 32, 32), (1, 8, 3, 5),
+          (7, 24, 9, 9), (3, 40, 7, 5), (3, 8, 1, 1), (5, 1048, 2, 3), (33, 96, 5, 1)]
+either = pytest.mark.parametrize("with_shortcut", [True, False])
 
 
 @pytest.fixture
@@ -33,8 +35,8 @@ def fused():
 def batch_norm(channels, device=DEVICE, **options):
     generator = torch.Generator().manual_seed(channels)
     bn = nn.BatchNorm2d(channels, **options)
-    for tensor, low in ((bn.weight, -1), (bn.bias, -1), (bn.running_mean, -1), (bn.running_var, 0.5)):
-        tensor.data.uniform_(low, 2, generator=generator)
+    for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+        tensor.data.uniform_(0.5 if tensor is bn.running_var else -1, 2, generator=generator)
     return bn.to(device)
 
 
@@ -42,6 +44,12 @@ def numbers(shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * std + mean
     return x.to(DEVICE, dtype).to(memory_format=CHANNELS_LAST).requires_grad_()
+
+
+def given(shape, with_shortcut=True, dtype=torch.float32):
+    """x, the shortcut or None, and the gradient of y."""
+    x, shortcut, upstream = (numbers(shape, dtype, seed) for seed in range(3))
+    return x, shortcut if with_shortcut else None, upstream.detach()
 
 
 def fused_step(bn, x, shortcut, upstream):
@@ -86,17 +94,19 @@ def test_by_hand(device):
     with torch.no_grad():
         bn.weight.copy_(torch.tensor([2.0, -1, 4, 2]))
         bn.bias.copy_(torch.tensor([0.5, 0, 1, -3]))
-    x = torch.tensor([[1.0, 5, 2, 0], [3, 7, 4, 2]], device=device)[:, :, None, None]
-    x = x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
-    # The means are 2, 6, 3, 1, every variance is 1, and 1 / sqrt(1 + eps) a half: x becomes -1/2 and 1/2.
-    y = norm_relu(bn, x)
+    def images(*rows):
+        return torch.tensor(rows, device=device)[:, :, None, None]
+
+    x = images([1.0, 5, 2, 0], [3, 7, 4, 2]).contiguous(memory_format=CHANNELS_LAST)
+    # The means are 2, 6, 3, 1, variances 1, and 1 / sqrt(1 + eps) is 1/2: x becomes -1/2 and 1/2.
+    y = norm_relu(bn, x.requires_grad_())
     assert y.flatten(1).tolist() == [[0, 0.5, 0, 0], [1.5, 0, 3, 0]]
     assert bn.running_mean.tolist() == [0.5, 1.5, 0.75, 0.25] and bn.num_batches_tracked == 1
     assert bn.running_var.tolist() == [1.25] * 4  # of the unbiased variance 2
-    shortcut = torch.tensor([[1.0, -1, 1, 4], [1, 1, -3, 1]], device=device)[:, :, None, None].requires_grad_()
+    shortcut = images([1.0, -1, 1, 4], [1, 1, -3, 1]).requires_grad_()
     y = norm_relu(bn, x, shortcut)
     assert y.flatten(1).tolist() == [[0.5, 0, 0, 0], [2.5, 0.5, 0, 0]]
-    y.backward(torch.tensor([[1.0, 8, 8, 8], [3, 4, 8, 8]], device=device)[:, :, None, None])
+    y.backward(images([1.0, 8, 8, 8], [3, 4, 8, 8]))
     assert shortcut.grad.flatten(1).tolist() == [[1, 0, 0, 0], [3, 4, 0, 0]]
     assert bn.bias.grad.tolist() == [4, 4, 0, 0] and bn.weight.grad.tolist() == [1, 2, 0, 0]
     # weight / 2 * (dz - mean dz - x / 2 * mean(dz x)), the means over the two rows
@@ -104,13 +114,13 @@ def test_by_hand(device):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("with_shortcut", [True, False])
+@either
 def test_on_a_cpu_the_bits_are_those_of_pytorch(training, with_shortcut):
     results = []
     for ours in (True, False):
         bn = batch_norm(24, "cpu").train(training)
         generator = torch.Generator().manual_seed(0)
-        x, shortcut, upstream = (torch.randn(7, 24, 9, 9, generator=generator, requires_grad=True) for _ in range(3))
+        x, shortcut, upstream = torch.randn(3, 7, 24, 9, 9, generator=generator).requires_grad_()
         if ours:
             y = norm_relu(bn, x, shortcut if with_shortcut else None)
         else:
@@ -123,12 +133,11 @@ def test_on_a_cpu_the_bits_are_those_of_pytorch(training, with_shortcut):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("with_shortcut", [True, False])
+@either
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_pytorch_in_float64(fused, shape, with_shortcut, dtype):
-    x, shortcut, upstream = (numbers(shape, dtype, seed) for seed in range(3))
     bn = batch_norm(shape[1], momentum=0.3, eps=1e-3)
-    assert_right(bn, x, shortcut if with_shortcut else None, upstream.detach(), TOLERANCE[dtype])
+    assert_right(bn, *given(shape, with_shortcut, dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.cuda
@@ -169,22 +178,20 @@ def test_other_layouts_of_shortcut_and_gradient(fused, layout):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("with_shortcut", [True, False])
+@either
 def test_the_same_bits_each_time(fused, with_shortcut):
-    x, shortcut, upstream = (numbers((128, 16, 32, 32), seed=seed) for seed in range(3))
-    results = []
+    numbers_of_step, results = given((128, 16, 32, 32), with_shortcut), []
     for _ in range(2):
         bn = batch_norm(16)
-        results.append([*fused_step(bn, x, shortcut if with_shortcut else None, upstream), *bn.buffers()])
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
+        results.append([*fused_step(bn, *numbers_of_step), *bn.buffers()])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("with_shortcut", [True, False])
+@either
 def test_a_captured_graph_does_the_same(fused, with_shortcut):
-    bn, (x, shortcut, upstream) = batch_norm(16), (numbers((128, 16, 32, 32), seed=seed) for seed in range(3))
-    step = partial(fused_step, bn, x, shortcut if with_shortcut else None, upstream)
+    bn, (x, *rest) = batch_norm(16), given((128, 16, 32, 32), with_shortcut)
+    step = partial(fused_step, bn, x, *rest)
     graph, results = captured(step)
     for seed in (4, 5):
         before = [t.clone() for t in bn.buffers()]
@@ -193,8 +200,7 @@ def test_a_captured_graph_does_the_same(fused, with_shortcut):
         replayed = [t.clone() for t in [*results, *bn.buffers()]]
         for buffer, value in zip(bn.buffers(), before, strict=True):
             buffer.copy_(value)
-        for result, expected in zip(replayed, [*step(), *bn.buffers()], strict=True):
-            assert torch.equal(result, expected)
+        assert all(map(torch.equal, replayed, [*step(), *bn.buffers()]))
 
 
 def network_gradient(name, bfloat16):
@@ -206,7 +212,8 @@ def network_gradient(name, bfloat16):
             layer.register_forward_hook(lambda _, given, out: sources.append(given[0].grad_fn))
     with torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16):
         logits = model(numbers((16, 3, 16, 16)).detach())
-    torch.nn.functional.cross_entropy(logits.float(), torch.arange(16, device=DEVICE) % 10).backward()
+    labels = torch.arange(16, device=DEVICE) % 10
+    nn.functional.cross_entropy(logits.float(), labels).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     return gradient, sum(s is not None and s.name() == "NormReluBackward" for s in sources)
 
@@ -242,36 +249,35 @@ def test_what_is_not_finite_spreads_as_in_pytorch(fused, bad):
 
 @pytest.mark.cuda
 def test_opcheck(fused):
-    bn, (x, shortcut, dy) = batch_norm(24), (numbers((7, 24, 9, 9), seed=seed).detach() for seed in range(3))
+    bn, (x, shortcut, dy) = batch_norm(24), (t.detach() for t in given((7, 24, 9, 9)))
     weight, bias, operators = bn.weight.detach(), bn.bias.detach(), torch.ops.taylorglo
     for s in (None, shortcut):
-        given = x, weight, bias, bn.running_mean, bn.running_var, s, 1e-5, 0.1
-        torch.library.opcheck(operators.norm_relu.default, given)
-        y, saved = operators.norm_relu(*given)
-        given = dy, x, None if s is None else y, weight, bias, saved
-        torch.library.opcheck(operators.norm_relu_backward.default, given)
+        arguments = x, weight, bias, bn.running_mean, bn.running_var, s, 1e-5, 0.1
+        torch.library.opcheck(operators.norm_relu.default, arguments)
+        y, saved = operators.norm_relu(*arguments)
+        arguments = dy, x, None if s is None else y, weight, bias, saved
+        torch.library.opcheck(operators.norm_relu_backward.default, arguments)
     with pytest.raises(ValueError, match="do not fit"):
         operators.norm_relu(x, weight[1:], bias, bn.running_mean, bn.running_var, None, 1e-5, 0.1)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [
-    dict(shape=(4, 24, 5, 5)),
-    dict(memory_format=torch.contiguous_format), dict(shape=(4, 6, 5, 5)), dict(dtype=torch.float64),
-    dict(affine=False), dict(track_running_stats=False), dict(momentum=None), dict(training=False),
-    dict(hook=True), dict(shortcut=torch.float64), dict(backend="reference"),
+    {}, dict(memory_format=torch.contiguous_format), dict(shape=(4, 6, 5, 5)),
+    dict(dtype=torch.float64), dict(training=False), dict(hook=True), dict(shortcut=torch.float64),
+    dict(backend="reference"), *(dict(norm={name: value}) for name, value in dict(
+        affine=False, track_running_stats=False, momentum=None).items()),
 ], ids=str)
 def test_what_the_kernels_do_not_do_is_pytorchs(fused, options):
-    known = dict(shape=(4, 24, 5, 5), dtype=torch.float32, memory_format=CHANNELS_LAST, training=True, hook=False,
-                 shortcut=torch.float32, backend="fused")
-    given = {name: options.get(name, value) for name, value in known.items()}
-    rest = {name: value for name, value in options.items() if name not in known}
-    called = []
-    load(given["backend"], DEVICE)
-    bn = nn.BatchNorm2d(given["shape"][1], device=DEVICE, dtype=given["dtype"], **rest).train(given["training"])
-    if given["hook"]:
+    usual = dict(shape=(4, 24, 5, 5), dtype=torch.float32, memory_format=CHANNELS_LAST,
+                 training=True, hook=False, shortcut=torch.float32, backend="fused", norm={})
+    case, called = SimpleNamespace(**usual | options), []
+    load(case.backend, DEVICE)
+    bn = nn.BatchNorm2d(case.shape[1], device=DEVICE, dtype=case.dtype, **case.norm)
+    bn.train(case.training)
+    if case.hook:
         bn.register_forward_hook(lambda *_: called.append(1))
-    x = numbers(given["shape"], given["dtype"]).detach().contiguous(memory_format=given["memory_format"])
-    y = norm_relu(bn, x.requires_grad_(), numbers(given["shape"], given["shortcut"], seed=1))
-    assert (y.grad_fn.name() == "NormReluBackward") == (options == dict(shape=(4, 24, 5, 5)))
-    assert len(called) == given["hook"]
+    x = numbers(case.shape, case.dtype).detach().contiguous(memory_format=case.memory_format)
+    y = norm_relu(bn, x.requires_grad_(), numbers(case.shape, case.shortcut, seed=1))
+    assert (y.grad_fn.name() == "NormReluBackward") == (options == {})
+    assert len(called) == case.hook

@@ -1,6 +1,7 @@
 """A run depends on its config alone, whatever its caller and its surroundings have set."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import re
@@ -34,16 +35,6 @@ def expected(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def setting(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextlib.contextmanager
 def called(function, value, afterwards):
     function(value)
     try:
@@ -52,23 +43,25 @@ def called(function, value, afterwards):
         function(afterwards)
 
 
+def setting(owner, name, value):
+    return called(functools.partial(setattr, owner, name), value, getattr(owner, name))
+
+
 backends = torch.backends
 CALLERS = {
-    "matmul": lambda: called(torch.set_float32_matmul_precision, "medium", "highest"),
-    "convolutions": lambda: setting(backends.mkldnn.conv, "fp32_precision", "bf16"),
-    "oneDNN's precision": lambda: setting(backends.mkldnn, "fp32_precision", "bf16"),
-    "PyTorch's precision": lambda: setting(backends, "fp32_precision", "tf32"),
-    "no oneDNN": lambda: setting(backends.mkldnn, "enabled", False),
-    "denormals": lambda: called(torch.set_flush_denormal, True, False),
-    "device": lambda: called(torch.set_default_device, "meta", None),
-    "a device around it": lambda: torch.device("meta"),
-    "dtype": lambda: called(torch.set_default_dtype, torch.float64, torch.float32),
-    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-    "no gradients": torch.no_grad,
-    "inference": torch.inference_mode,
-    "threads": lambda: called(torch.set_num_threads, 2, 1),
-    "deterministic": lambda: called(torch.use_deterministic_algorithms, True, False),
-    "NumPy's errors": lambda: np.errstate(all="raise"),
+    "matmul": lambda: [called(torch.set_float32_matmul_precision, "medium", "highest")],
+    "convolutions": lambda: [setting(backends.mkldnn.conv, "fp32_precision", "bf16")],
+    "oneDNN's precision": lambda: [setting(backends.mkldnn, "fp32_precision", "bf16")],
+    "PyTorch's precision": lambda: [setting(backends, "fp32_precision", "tf32")],
+    "device": lambda: [called(torch.set_default_device, "meta", None)],
+    "a device around it": lambda: [torch.device("meta")],
+    "no gradients": lambda: [torch.no_grad()],
+    "all others": lambda: [
+        setting(backends.mkldnn, "enabled", False), torch.inference_mode(),
+        called(torch.set_flush_denormal, True, False), np.errstate(all="raise"),
+        called(torch.set_default_dtype, torch.float64, torch.float32),
+        torch.autocast("cpu", dtype=torch.bfloat16), called(torch.set_num_threads, 2, 1),
+        called(torch.use_deterministic_algorithms, True, False)],
 }
 
 
@@ -89,13 +82,15 @@ def seen():
 
 @pytest.mark.parametrize("caller", CALLERS)
 def test_what_the_caller_has_set_changes_no_byte_and_is_kept(caller, expected, tmp_path):
-    with CALLERS[caller]():
+    with contextlib.ExitStack() as stack:
+        for context in CALLERS[caller]():
+            stack.enter_context(context)
         before = list(seen())
         assert log_of(tmp_path / "run") == expected
         assert list(seen()) == before
 
 
-def test_deterministic_is_a_setting_of_the_run(expected, tmp_path):
+def test_deterministic_is_a_setting_of_the_run():
     with settings(Config(device="cpu", threads=1, deterministic=True, loss_backend="reference")):
         assert torch.are_deterministic_algorithms_enabled() and not backends.cudnn.benchmark
     assert not torch.are_deterministic_algorithms_enabled()
@@ -130,7 +125,8 @@ def test_without_shared_memory_workers_are_refused_in_one_line(before, said, tmp
     done = carried_out(f"unshare -m bash -c {shlex.quote(script)}")
     last = done.stderr.splitlines()[-1]  # after a warning of joblib's
     assert done.returncode == 2 and re.fullmatch(
-        f"epbt.py: cannot start a worker process: .*{said}.*; use --workers 1, or .* docker run --shm-size", last)
+        f"epbt.py: cannot start a worker process: .*{said}.*; use --workers 1, or .* "
+        "docker run --shm-size", last)
 
 
 def test_a_long_tmpdir_is_named_where_workers_need_it_and_no_matter_elsewhere(expected, tmp_path):
@@ -160,9 +156,9 @@ def test_a_daemon_trains_by_itself_and_is_told_that_it_can_have_no_workers(expec
 
 
 @pytest.mark.parametrize("name, after, environment", [
-    ("run", "2>&-", {}), ("é", "", {"PYTHONIOENCODING": "ascii"}),
+    ("é", "2>&-", {"PYTHONIOENCODING": "ascii"}),
     ("run", "", {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})],
-    ids=["stderr is closed", "stdout is ASCII", "a locale without UTF-8"])
+    ids=["stderr is closed and stdout is ASCII", "a locale without UTF-8"])
 def test_a_run_goes_on_where_it_cannot_say_all(name, after, environment, expected, tmp_path):
     done = carried_out(f"{command(tmp_path / name)} {after}", **environment)
     assert done.returncode == 0 and "evaluations" in done.stdout, done.stdout + done.stderr

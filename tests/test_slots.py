@@ -169,8 +169,8 @@ def test_a_notebooks_process_has_the_slots_of_a_gpu(workers, tmp_path, monkeypat
     config = configured("resnet8", device="cuda", deterministic=True, workers=workers)
     with contextlib.closing(ThisProcess(config, data())) as pool:
         assert sorted(m.id for m in pool.run(map(copy.deepcopy, tasks))) == [0, 1, 2]
-    found = [state_of(t) for t in tasks]
-    for state, expected in zip(found, in_turns(slots_of("cuda:0", 1, "resnet8"), tasks), strict=True):
+    found, alone = [state_of(t) for t in tasks], slots_of("cuda:0", 1, "resnet8")
+    for state, expected in zip(found, in_turns(alone, tasks), strict=True):
         assert_close(state, expected, rtol=0, atol=0)
 
 

@@ -13,15 +13,9 @@ pytestmark = pytest.mark.cuda
 @pytest.fixture
 def poisoned_memory():
     """Fresh CUDA memory is full of NaN, so that an element that is not written shows."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     yield load("fused", "cuda")
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 127, 128, 129, 5000])
@@ -32,9 +26,8 @@ def test_gpu_odd_sizes(poisoned_memory, rows, classes, dtype):
         pytest.skip("too large for the float64 reference on the CPU")
     logits, labels, theta, teacher_logits = problem(rows, classes, dtype, device="cuda")
     assert_agrees(logits, labels, theta)
-    assert_agrees(
-        logits, labels, theta, teacher_logits, torch.tensor(0.3, device="cuda"), upstream=-2.75
-    )
+    alpha = torch.tensor(0.3, device="cuda")
+    assert_agrees(logits, labels, theta, teacher_logits, alpha, upstream=-2.75)
     assert_agrees(logits.t().contiguous().t(), labels, theta, teacher_logits, 1.0)
 
 
@@ -57,18 +50,12 @@ def test_gpu_extreme_logits_and_labels(poisoned_memory, classes):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_gpu_does_what_the_cpu_does(poisoned_memory, dtype, reduction):
     for classes in (10, 100, 1001):
-        logits, labels, theta, teacher_logits = problem(300, classes, dtype)
-        labels[::3] = -100
-        results = []
-        for device in ("cpu", "cuda"):
-            z = logits.to(device).requires_grad_()
-            rest = (labels.to(device), theta.to(device), teacher_logits.to(device), 0.3)
-            loss = taylorglo_loss(z, *rest, reduction=reduction)
-            loss.backward(torch.full_like(loss, -2.75))
-            results.append((loss.detach().cpu(), z.grad.cpu()))
-        torch.testing.assert_close(
-            results[1], results[0], rtol=max(1e-4, TOLERANCE[dtype]), atol=1e-5
-        )
+        given = problem(300, classes, dtype)
+        given[1][::3] = -100
+        cpu, gpu = ([t.cpu() for t in with_gradient(
+            taylorglo_loss, *(t.to(device) for t in given), 0.3, upstream=-2.75,
+            reduction=reduction)] for device in ("cpu", "cuda"))
+        torch.testing.assert_close(gpu, cpu, rtol=max(1e-4, TOLERANCE[dtype]), atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [128, 5000])
@@ -86,13 +73,11 @@ def test_gpu_graph_replays_with_new_parameters(poisoned_memory, rows):
         theta.copy_(problem(1, 2, seed=seed)[2])
         alpha.fill_(seed / 3)
         graph.replay()
-        replayed = [t.clone() for t in results]
-        for result, expected in zip(replayed, step(), strict=True):
-            assert torch.equal(result, expected)
+        assert all(map(torch.equal, [t.clone() for t in results], step()))
 
 
 def test_gpu_captured_losses_run_side_by_side(poisoned_memory):
-    # Each captured launch counts its blocks by itself, though all were captured on one stream.
+    # Each captured launch has a counter of its own, though all were captured on one stream.
     graphs, captured, streams = [], [], [torch.cuda.Stream() for _ in range(8)]
     for seed in range(8):
         arguments = problem(5000, 100, seed=seed, device="cuda")
@@ -109,5 +94,4 @@ def test_gpu_captured_losses_run_side_by_side(poisoned_memory):
     torch.cuda.synchronize()
     for arguments, results in captured:
         expected = loss_and_gradient(*arguments, 0.3)
-        for result in results:
-            assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+        assert all(all(map(torch.equal, found, expected)) for found in results)

@@ -1,5 +1,6 @@
 """Pools of workers, and what becomes of a run when one dies. The long form is tests/soak.py."""
 
+import contextlib
 import os
 import re
 import signal
@@ -40,9 +41,8 @@ def data():
 
 @pytest.fixture
 def pool(data):
-    pool = Processes(CONFIG, data, 2)
-    yield pool
-    pool.close()
+    with contextlib.closing(Processes(CONFIG, data, 2)) as pool:
+        yield pool
 
 
 def tasks(folder, n=4):
@@ -55,9 +55,8 @@ def tasks(folder, n=4):
 def expected(data, tmp_path_factory):
     """The files that one undisturbed process writes."""
     folder = tmp_path_factory.mktemp("expected")
-    pool = ThisProcess(CONFIG, data)
-    list(pool.run(tasks(folder)))
-    pool.close()
+    with contextlib.closing(ThisProcess(CONFIG, data)) as pool:
+        list(pool.run(tasks(folder)))
     return files(folder)
 
 
@@ -67,17 +66,17 @@ def files(folder):
 
 
 class Trap:
-    """Stands in for an individual until a worker receives it: then it does something, once, or
-    always if no file remembers that it did."""
+    """Stands in for an individual until a worker receives it: then it acts, each time or, with a
+    file as memory, once."""
 
-    def __init__(self, individual, act, *arguments, memory=None):
-        self.id, self.state = individual.id, (individual, act, arguments, memory)
+    def __init__(self, *state):
+        self.id, self.state = state[0].id, state
 
     def __reduce__(self):
         return spring, self.state
 
 
-def spring(individual, act, arguments, memory):
+def spring(individual, memory, act, *arguments):
     if memory is None or not memory.exists():
         if memory is not None:
             memory.touch()
@@ -97,21 +96,21 @@ def fail(error, context=None):
         raise error
 
 
-def with_trap(some, i, *act, **memory):
-    some[i] = replace(some[i], individual=Trap(some[i].individual, *act, **memory))
+def with_trap(some, i, *act, memory=None):
+    some[i] = replace(some[i], individual=Trap(some[i].individual, memory, *act))
     return some
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_any_number_of_workers_writes_the_same_bytes(count, data, expected, tmp_path):
-    pool = Processes(CONFIG, data, count)
-    done = list(pool.run(tasks(tmp_path / "run")))
-    pool.close()
+    with contextlib.closing(Processes(CONFIG, data, count)) as pool:
+        done = list(pool.run(tasks(tmp_path / "run")))
     assert files(tmp_path / "run") == expected
     for individual in done:
         written, _ = load_individual(tmp_path / "run" / f"{individual.id}.safetensors")
         assert individual.record() == written.record()
         assert (individual.correct == written.correct).all()
+    assert all(s.images.is_shared() for s in (data.train, data.validation, data.test))
 
 
 # Workers that die
@@ -193,10 +192,6 @@ def test_every_gpu_gets_its_share_of_the_slots_or_finds_its_own_number(count, sl
         (f"cuda:{i}", n) for i, n in enumerate(slots)]
 
 
-def test_the_images_lie_in_memory_that_the_workers_share(data, pool):
-    assert all(s.images.is_shared() for s in (data.train, data.validation, data.test))
-
-
 # Whole runs
 
 
@@ -206,8 +201,12 @@ def alone(tmp_path_factory):
     return soak.undisturbed(TINY, tmp_path_factory.mktemp("alone") / "run")
 
 
-def trained(folder):
-    return (folder / "individuals" / "000001.safetensors").exists()
+def training_family(pid, folder):
+    """The processes of a run with two workers, once it has trained an individual."""
+    wait_for((folder / "individuals" / "000001.safetensors").exists, 120)
+    family = {pid, *workers_of(pid)}
+    assert len(family) == 3
+    return family
 
 
 def test_a_run_with_workers_is_the_run_without(alone, tmp_path):
@@ -222,9 +221,7 @@ def test_ctrl_c_ends_a_run_within_seconds_and_says_how_to_go_on(alone, tmp_path)
         [sys.executable, "epbt.py", *TINY, "--workers", "2", "--out", str(folder)], cwd=ROOT,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))  # not so in background
-    wait_for(lambda: trained(folder), 120)
-    family = {process.pid, *workers_of(process.pid)}
-    assert len(family) == 3
+    family = training_family(process.pid, folder)
     start = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     said = process.communicate(timeout=60)[1]
@@ -237,9 +234,7 @@ def test_ctrl_c_ends_a_run_within_seconds_and_says_how_to_go_on(alone, tmp_path)
 
 def test_a_run_that_is_killed_leaves_no_worker_behind(alone, tmp_path):
     run = Run([*TINY, "--workers", "2"], tmp_path / "run")
-    wait_for(lambda: trained(tmp_path / "run"), 120)
-    family = {run.pid, *workers_of(run.pid)}
-    assert len(family) == 3
+    family = training_family(run.pid, tmp_path / "run")
     kill(run.pid)
     assert run.end() == -signal.SIGKILL
     wait_for(lambda: not parents().keys() & family)
