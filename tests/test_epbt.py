@@ -21,7 +21,7 @@ from config import DATA_SETS, Config
 from data import load_data, normalize
 from epbt import evolve, main
 from errors import ConfigError, DataError, RunError
-from evolution import MOMENTUM, SEARCH_SPACE, Variable, best_first, novelty_elites, pulse
+from evolution import RATES, SEARCH_SPACE, Variable, best_first, novelty_elites, pulse
 from models import make_model
 from outcome import formula
 from records import load_individual, read_log
@@ -211,7 +211,7 @@ def test_the_formula_that_is_printed_is_the_loss():
 
 
 def test_a_variable_more_is_evolved_recorded_and_drawn(run_epbt, monkeypatch):
-    monkeypatch.setattr("evolution.MOMENTUM", (*MOMENTUM, Variable("weight_decay", 1e-5, 1e-2, log=True)))
+    monkeypatch.setattr("evolution.RATES", (*RATES, Variable("weight_decay", 1e-5, 1e-2, log=True)))
     folder = run_epbt("--generations", "4")
     born = [[m["hyperparameters"]["weight_decay"] for m in line["population"]
              if m["generation"] == line["generation"]] for line in read_log(folder)]
@@ -354,7 +354,7 @@ def test_data_of_ones_own_may_be_augmented_and_a_changed_model_is_told(tmp_path,
     again = Config(preset="best", **OWN, out=str(tmp_path), resume=True)
     with pytest.raises(RunError, match="augmentation is"):
         evolve(again, make_small, IMAGES, IMAGES, augmentation=Augmentation(True, shift=1, cutout=3))
-    with pytest.raises(ConfigError, match="augmentation is for data that are given"):
+    with pytest.raises(ConfigError, match="augmentation is for train and test"):
         evolve(again, augmentation=augmentation)
     monkeypatch.setitem(globals(), "HIDDEN", 12)
     with pytest.raises(RunError, match="of another model"):
@@ -375,7 +375,7 @@ def python(*arguments, cwd=ROOT, input=None):
      "errors.RunError: worker processes import the script that calls evolve(): the call must stand under "
      'if __name__ == "__main__":'),
     ("-", "import epbt\ndef make(num_classes, in_channels): pass\nepbt.evolve(epbt.Config(workers=2, device='cpu'), make)",
-     "errors.ConfigError: worker processes cannot find a function that is in no file, as in a notebook: put it into "
+     "errors.ConfigError: worker processes need each function in a file, not in a notebook: put it into "
      "one, or use workers=1"),
 ])
 def test_a_script_that_workers_cannot_import_is_told_what_to_do(name, script, last, tmp_path):

@@ -109,5 +109,5 @@ def test_the_notebook(tmp_path, monkeypatch):
     (page,) = [o.data["text/html"] for outputs in shown.values() for o in outputs if "<iframe" in str(o)]
     assert html.unescape(re.search('srcdoc="(.*?)" style', page, re.S)[1]) == (
         tmp_path / "runs" / "quickstart" / "report.html").read_text(encoding="utf-8")
-    assert "'__main__:kappa': " in text and "in this process alone: " in text and "put it into one to have more" in text
+    assert "'__main__:kappa': " in text and "in this process alone: " in text and "put it into one to use more" in text
     assert not [o for outputs in shown.values() for o in outputs if o.output_type == "error"]
