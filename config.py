@@ -60,11 +60,11 @@ class Config:
     learning_rate: Positive = 0.1  # Before scale and decay
     milestones: tuple[Share, ...] = (0.3, 0.6, 0.8)
     """The learning rate decays after these shares of the run"""
-    lr_decay: Positive = 5.0  # It is then divided by this, if not evolved
+    lr_decay: Positive = 5.0  # A milestone divides the rate by this, if not evolved
     momentum: Share = 0.9  # If not evolved
     weight_decay: NotNegative = 0.0  # If not evolved; the paper does not say
     average_weights: NotNegative = 0.0
-    """Average the weights over so many generations to score, teach and keep; not in the paper"""
+    """Score, teach and keep weights averaged over so many generations; not in the paper"""
 
     # Evolution, Sec. 3.2.
     fitness: str = "accuracy"

@@ -2,8 +2,8 @@
 
     python epbt.py --dataset svhn
 
-The function `epbt` is Algorithm 1; read it with the paper beside it. `evolve` carries out a run
-around it, and `main` is the command line.
+A population of networks trains in parallel. Evolution adapts the loss function (TaylorGLO, eight
+parameters), learning-rate schedule and momentum of each. The function `epbt` is Algorithm 1.
 """
 
 if __name__ == "__main__":  # first, so that the workers' server imports PyTorch meanwhile
