@@ -16,10 +16,10 @@ from replay import replay_config
 
 
 def command_line(arguments, description):
-    """The Config of a command line; arguments None: of this program's.
+    """The Config of a command line. arguments: a list; None: those of this program.
 
-    An option that is left out has the value of the run's folder under --resume, of the schedule
-    under --replay, else the data set's. Raises ConfigError, RunError."""
+    An option that is left out has the value of the run's folder with --resume, else the schedule's
+    with --replay, else the data set's. Raises ConfigError, RunError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     typed = [a for a in arguments if a not in ("-h", "--help")]
     first = parsed(Config(), typed)

@@ -10,8 +10,8 @@ LEAST, MOST = sys.float_info.min, sys.float_info.max  # the positive numbers
 
 
 def plain(text):
-    """The text with control characters escaped, and bytes of file names that are not UTF-8. So it
-    is one line that can be printed, drawn and written as UTF-8."""
+    """The text as one line that can be printed, drawn and written as UTF-8: with escapes for
+    control characters and for bytes of file names that are not UTF-8."""
     unsafe = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(unsafe, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 

@@ -1,4 +1,4 @@
-"""The genetic operators of EPBT: pure functions on NumPy arrays. All chance comes from `rng`.
+"""The genetic operators of EPBT: pure functions on NumPy arrays, random only by `rng`.
 
 The hyperparameters of a population are a float64 array h of shape (individuals, variables), with
 the rows in the order of the ids. So "ties go to the lower index" means to the older individual.
@@ -195,16 +195,17 @@ def novelty_scores(behaviour):
 
 
 def novelty_elites(fitness, behaviour, k, m):
-    """Sec. 2.5 and 3.4: indices of the k most novel of the m fittest, at most one of a cluster.
+    """Sec. 2.5 and 3.4: of the m fittest the k most novel, skipping candidates of the same cluster.
 
     paper: unspecified: the fittest always stays. The others are ranked by S_i (ties: by fitness,
     then age). Keep the first k - 1. Add the remaining candidates one at a time; each time drop the
-    lower-ranked of the closest pair. The fittest is in no pair and comes first in the result."""
+    lower-ranked of the closest pair; the fittest is in no pair. Returns their indices, the fittest
+    first, the others by rank."""
     candidates = best_first(fitness, m)
     scores, distance = novelty_scores(behaviour[candidates])
     ranked = 1 + np.argsort(-scores[1:], kind="stable")  # stable: ties stay in order of fitness
     kept = list(ranked[: k - 1])
-    for newcomer in ranked[k - 1 :] if k > 2 else ():  # a single one that is kept stays
+    for newcomer in ranked[k - 1 :] if k > 2 else ():  # else no newcomer stays
         kept.append(newcomer)
         _, later = min((distance[a, b], -j) for j, b in enumerate(kept) for a in kept[:j])
         kept.pop(-later)

@@ -29,8 +29,8 @@ def f1_macro(logits, labels):
 
 
 def counts(logits, labels):
-    """For each class, three numbers of images: of the class and classified correctly, of the class,
-    and classified as the class."""
+    """Three counts (C,) for the classes: of their images that are classified correctly, of all
+    their images, and of the images that are classified as them."""
     # scikit-learn has the metrics too, but importing it takes each worker a second.
     guess, n = logits.argmax(1), logits.shape[1]
     return [x.bincount(minlength=n).double() for x in (labels[guess == labels], labels, guess)]

@@ -65,8 +65,9 @@ def finish(config, folder, data, report):
         report(f"WARNING: the delivered model classifies {found:.4f} of the test images correctly, "
                f"not the {best.test_accuracy:.4f} that was measured after its training")
         summary["delivered_test_accuracy"] = found
+    outcome = Outcome(model, data, plan, summary, folder.path)
     if folder.finished:
-        return Outcome(model, data, plan, summary, folder.path)
+        return outcome
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     write_atomic(folder.path / "best.pt", buffer.getbuffer())
@@ -79,7 +80,7 @@ def finish(config, folder, data, report):
     except Exception as error:  # the result is saved, whatever the drawing raises
         report(f"the figures and report.html could not be drawn: {type(error).__name__}: "
                f"{message(error)}")
-    return Outcome(model, data, plan, summary, folder.path)
+    return outcome
 
 
 def formula(t):
