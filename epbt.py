@@ -183,17 +183,17 @@ def run(config, train, test, space, report, clock):
                 report(f"ready in {clock}")
                 workers = Workers(pool, folder, bar)
                 generations = METHODS[config.method](config, space, data, workers, folder)
-                for g, M in (watched(generations, folder.path) if config.tensorboard
-                             else generations):
+                if config.tensorboard:
+                    generations = watched(generations, folder.path)
+                for g, M in generations:
                     with bar.external_write_mode():
                         report(progress_line(config, g, M, folder.evaluated()))
         return finish(config, folder, data, report)
 
 
 def settled(config):
-    """The checked config with device, threads, workers and out decided.
-
-    Raises ConfigError, RunError."""
+    """The config, checked, with device, threads, workers and out decided. Raises ConfigError,
+    RunError."""
     check(config)
     find_factory(config.model)
     find_metric(config.fitness)
@@ -257,10 +257,9 @@ def cost(config):
 
 def progress_line(config, g, M, evaluated):
     best, middle = fittest(M), median(m.fitness for m in M)
-    what = "losses" if "theta0" in best.hyperparameters else "networks"
     return (f"generation {g + 1:3}/{config.generations}   best fitness {best.fitness:.4f}   "
             f"its test accuracy {best.test_accuracy:.4f}   median fitness {middle:.4f}   "
-            f"{what} tried {evaluated:4}   diverged {sum(m.diverged for m in M)}")
+            f"evaluated {evaluated:4}   diverged {sum(m.diverged for m in M)}")
 
 
 def main(arguments=None):

@@ -79,10 +79,9 @@ def checked_space(space, accepted):
 
     accepted: the names of all hyperparameters."""
     space = tuple(space) if isinstance(space, Iterable) else (space,)
-    for v in space:
-        if not isinstance(v, Variable):
-            raise ConfigError("space must be a tuple of evolution.Variable, such as "
-                              f'Variable("momentum", 0.5, 0.9), not {v!r}')
+    if not all(isinstance(v, Variable) for v in space):
+        raise ConfigError("space must be a tuple of evolution.Variable, such as "
+                          f'Variable("momentum", 0.5, 0.9), not {space!r}')
     names, lines = [v.name for v in space], []
     for v in space:
         above, highest = v.name == "lr_decay", 1 if v.name == "momentum" else np.inf
@@ -139,10 +138,9 @@ def known_loss(classes):
     """theta, as a dict, of a loss that is known to learn: cross-entropy to the second order.
 
     Let y be the probability of the right class. Around y = 1, the cross-entropy -log y is
-    (1 - y) + (1 - y)^2 / 2 + ... In Eq. 2, theta0 = 0 makes (x - theta0) the one-hot label: of the
-    sum over classes only the right one is left. theta1 = 1 expands around y = 1, which leaves
-    L = -(1/n) [theta5 (y - 1) + theta6 (y - 1)^2 / 2]. theta5 = n and theta6 = -n give the two
-    terms above. For ten classes they are at the edge of the initial range of Sec. 4.1."""
+    (1 - y) + (1 - y)^2 / 2 + ... In Eq. 2, theta0 = 0 leaves only the right class of the sum, and
+    theta1 = 1 expands around y = 1: L = -(1/n) [theta5 (y - 1) + theta6 (y - 1)^2 / 2]. So
+    theta5 = n and theta6 = -n. For ten classes that is the edge of the range of Sec. 4.1."""
     return {f"theta{i}": float(x) for i, x in enumerate((0, 1, 0, 0, 0, classes, -classes, 0))}
 
 
