@@ -1,4 +1,4 @@
-"""The Config of a command line: tyro makes each field an option."""
+"""Reads the command line into a Config: tyro makes each field an option."""
 
 import io
 import os
@@ -16,8 +16,10 @@ from replay import replay_config
 
 
 def command_line(arguments, description):
-    """The Config of a command line. What it leaves out is as in the run's folder with --resume,
-    else as in the schedule of --replay, else as for the data set. Raises ConfigError, RunError."""
+    """The Config of a command line. arguments: a list; None: those of this program.
+
+    An option that is left out has the value of the run's folder with --resume, else the schedule's
+    with --replay, else the data set's. Raises ConfigError, RunError."""
     arguments = sys.argv[1:] if arguments is None else arguments
     typed = [a for a in arguments if a not in ("-h", "--help")]
     first = parsed(Config(), typed)
@@ -37,10 +39,10 @@ def command_line(arguments, description):
 
 
 def parsed(start, arguments, description=None):
-    """`start` with what a command line says. Raises ConfigError: tyro's words, in one line."""
-    box, helps = io.StringIO(), {"-h", "--help"} & set(arguments)
-    # A switch that is on already may be typed again; help has it once.
-    pairs = (tyro.conf.FlagCreatePairsOff,) if helps else ()
+    """`start` with the options of a command line. Raises ConfigError: tyro's words in one line."""
+    box = io.StringIO()
+    # With tyro's pairs, --x and --no-x, a switch that is on can be typed again. Help shows --x.
+    pairs = (tyro.conf.FlagCreatePairsOff,) if {"-h", "--help"} & set(arguments) else ()
     try:
         with redirect_stderr(box):
             return tyro.cli(Config, prog="epbt.py", default=start, args=arguments,
@@ -48,10 +50,11 @@ def parsed(start, arguments, description=None):
     except SystemExit as end:
         if not end.code:  # after --help
             raise
-    title, *parts = re.split("[-─]{9,}", re.sub("[│╭╮╰╯]", " ", box.getvalue()))
+    _, *parts = re.split("[-─]{9,}", re.sub("[│╭╮╰╯]", " ", box.getvalue()))
     raise ConfigError("; ".join(line for part in parts if (line := message(part))))
 
 
 def folder_name(config):
+    """The folder of a run: --out, or one named by method, data set and seed."""
     data = os.path.basename(os.path.normpath(config.dataset))
     return os.path.expanduser(config.out or f"runs/{config.method}-{data}-{config.seed}")

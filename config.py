@@ -1,7 +1,7 @@
 """What a run is: one dataclass in the order of the paper's Section 4, and its values by data set.
 
-`Config(dataset="svhn", seed=1)` has the paper's values for SVHN, but for the seed. The command line
-is this dataclass: the text under a field is its help.
+`Config(dataset="svhn", seed=1)` has the paper's values for SVHN, except for the seed. The command
+line is made from this dataclass: the text beside or under a field is its help.
 """
 
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_type_hints
 from errors import LEAST, MOST, ConfigError, mistake, nearest
 from evolution import RATE, search_space
 
-# A number, the lowest and the highest that a field accepts.
+# A kind of number, and the lowest and highest that a field accepts.
 Count, CountOrAuto = Annotated[int, 1, MOST], Annotated[int, 0, MOST]
 Share, NotNegative = Annotated[float, 0, 1], Annotated[float, 0, MOST]
 Positive = Annotated[float, LEAST, MOST]
@@ -20,23 +20,23 @@ Positive = Annotated[float, LEAST, MOST]
 class Config:
     """All that determines a run. The values below are those of Sec. 4.1: CIFAR-10, ResNet-32.
 
-    What is not given has the preset's value, else the data set's, else the one below. Raises
-    ConfigError for a name that is no field's; `check` says what else is wrong."""
+    A field that is not given has the preset's value, else the data set's, else the one below.
+    Raises ConfigError for an unknown name; `check` checks the values."""
 
     # The experiment.
     method: Literal["epbt", "pbt", "baseline", "random", "replay"] = "epbt"
     """epbt; pbt: Baseline 2 of Sec. 4.1; baseline: Baseline 1, one network; random: independent
-    networks with random learning rates; replay: one network by the schedule of --replay"""
+    networks with random learning rates; replay: one network under the schedule of --replay"""
     preset: Literal["paper", "known", "best"] = "paper"
     """paper: as published; known: two of the first individuals have a loss that is known to learn;
-    best: what earned its place on clean Fashion-MNIST. PRESETS has what each changes"""
+    best: what helped on clean Fashion-MNIST. PRESETS in config.py lists the changes"""
     dataset: str = "cifar10"
-    """digits, fashion, fashion-long-tail, cifar10, svhn, or a folder with a subfolder a class"""
+    """digits, fashion, fashion-long-tail, cifar10, svhn, or a folder with one subfolder a class"""
     model: str = "resnet32"
     """resnet8/20/32/56, wrn-10-12/16-8/22-6/28-5, torchvision:NAME, package.module:factory"""
     seed: Annotated[int, 0, 2**32 - 1] = 0  # Everything random derives from it
     replay: str = ""
-    """A finished run's folder or schedule.json: train one network by its winner's schedule"""
+    """Train one network under a schedule: a finished run's folder, or its schedule.json"""
 
     # The data, Sec. 4.1 and 4.2.
     validation: Positive = 1250
@@ -47,24 +47,24 @@ class Config:
     label_noise: Share = 0.0
     """Share of the training and validation labels that are made wrong, below 1"""
     label_noise_kind: Literal["uniform", "pair"] = "uniform"
-    """Wrong labels are any other class, or the next one"""
+    """A wrong label is any other class, or the next class"""
     early_stopping: bool = False
-    """Of Baseline 1: hold out the validation images, deliver the generation that is best there"""
-    limit: CountOrAuto = 0  # Use so many training images; 0: all
+    """Baseline 1 holds out the validation images and delivers its best generation on them"""
+    limit: CountOrAuto = 0  # Use only so many training images; 0: all
     image_size: Annotated[int, 8, 2048] = 32
-    """Side in pixels to which the images of a folder are resized"""
+    """Images of a folder are resized to this side, in pixels"""
 
     # Training one network, Sec. 4.1.
     epochs: Count = 8  # Per generation
     batch_size: Count = 128  # Images a step
     learning_rate: Positive = 0.1  # Before scale and decay
     milestones: tuple[Share, ...] = (0.3, 0.6, 0.8)
-    """Shares of the run after which the learning rate decays"""
-    lr_decay: Positive = 5.0  # What divides it there, where not evolved
-    momentum: Share = 0.9  # Where not evolved
-    weight_decay: NotNegative = 0.0  # Where not evolved; the paper does not say
+    """The learning rate decays after these shares of the run"""
+    lr_decay: Positive = 5.0  # A milestone divides the rate by this, if not evolved
+    momentum: Share = 0.9  # If not evolved
+    weight_decay: NotNegative = 0.0  # If not evolved; the paper does not say
     average_weights: NotNegative = 0.0
-    """Score, teach and keep the mean of the weights of so many generations; not in the paper"""
+    """Score, teach and keep weights averaged over so many generations; not in the paper"""
 
     # Evolution, Sec. 3.2.
     fitness: str = "accuracy"
@@ -72,22 +72,22 @@ class Config:
     population: Count = 40  # P, networks in the population
     generations: Count = 25  # n of Algorithm 1
     elites: Positive = 0.5  # k, how many survive unchanged; below 1, a share of P
-    tournament: Count = 2  # t, of how many the fittest becomes a parent
-    mutation: NotNegative = 0.1  # Deviation of the multiplicative noise; the paper does not say
+    tournament: Count = 2  # t, the fittest of so many becomes a parent
+    mutation: NotNegative = 0.1  # Relative size of the random change; the paper does not say
     reset: Share = 0.05  # Probability that a variable is drawn anew; the paper does not say
     crossover: Share = 0.5  # Probability that a variable comes from the mate
     theta_range: Annotated[float, LEAST, 1e6] = 10.0
     """Initial thetas are uniform between minus this and this, Sec. 4.1"""
     known_losses: CountOrAuto = 0
-    """So many begin with a loss that learns, under Baseline 1's rates; not in the paper"""
+    """So many start with a loss that is known to learn and Baseline 1's rates; not in the paper"""
     high_rates: bool = False
     """Leave low learning rates and momenta out of the search space; not in the paper"""
     evolve_cutout: bool = False
-    """Evolve the cutout too, up to that of the augmentation; not in the paper"""
+    """Evolve the cutout too, up to the augmentation's; not in the paper"""
 
     # Novelty Selection and Pulsation, Sec. 2.5 and 3.4.
     novelty: Literal["pulsation", "one-in-p", "always", "off"] = "pulsation"
-    """Novelty Selection is off for p generations and on for p; on in one of p; always; never"""
+    """When Novelty Selection is on: p generations off, p on; one in p; always; never"""
     pulsation_period: Count = 5  # p, in generations
     novelty_candidates: Annotated[float, 1, MOST] = 1.5
     """m / k: of the m fittest the k most novel become elites"""
@@ -96,22 +96,22 @@ class Config:
     # The loss, Sec. 3.3, and distillation, Sec. 3.5.
     loss: Literal["taylorglo", "cross-entropy", "generalized-cross-entropy",
                   "label-smoothing"] = "taylorglo"
-    """taylorglo is Eq. 2, evolved by epbt; the other methods then have cross-entropy"""
+    """taylorglo: Eq. 2, evolved by epbt; the other methods then use cross-entropy"""
     distillation: Share = 0.8
-    """alpha of Eq. 3 in the last generation, rising from 0; 0.8 is that of the paper's [23]"""
+    """alpha of Eq. 3 rises from 0 to this in the last generation; 0.8 is from the paper's [23]"""
     add_cross_entropy: bool = False  # Add cross-entropy to Eq. 2; not in the paper
     loss_backend: Literal["auto", "fused", "reference"] = "auto"
-    """The C++/CUDA kernel, plain PyTorch, or the first that works"""
+    """fused: C++/CUDA; reference: plain PyTorch; auto: fused if it works"""
 
     # The machine.
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the activations. On a GPU float32 means TF32; bfloat16 is about twice as fast"""
     layout: Literal["auto", "channels-last", "contiguous"] = "auto"
-    """Of images in memory; auto: channels last unless the model cannot take it"""
-    threads: CountOrAuto = 0  # CPU threads a worker; 0: one, for a single network one a core
-    deterministic: bool = False  # On a GPU, the same bits in every run; always so on a CPU
-    no_graphs: bool = False  # On a GPU, do without CUDA graphs
+    """Of images in memory; auto: channels-last if the model can take it"""
+    threads: CountOrAuto = 0  # CPU threads a worker; 0: one; a single network has one a core
+    deterministic: bool = False  # The same bits in every run on a GPU, as always on a CPU
+    no_graphs: bool = False  # Use no CUDA graphs
     workers: CountOrAuto = 0
     """Individuals trained at once; 0: one a core, or as many as pay on the GPUs"""
     backend: Literal["processes", "ray"] = "processes"
@@ -123,9 +123,9 @@ class Config:
     download: bool = False  # Fetch the data set if it is missing
     out: str = ""  # The run's folder; empty: runs/METHOD-DATASET-SEED
     resume: bool = False  # Go on with the run in the folder
-    overwrite: bool = False  # Start the run in the folder over
-    tensorboard: bool = False  # Write the curves for TensorBoard too
-    plan: bool = False  # Print what the run would cost, and stop
+    overwrite: bool = False  # Replace the run in the folder
+    tensorboard: bool = False  # Write curves for TensorBoard
+    plan: bool = False  # Only print what the run would cost
 
     def __init__(self, dataset="custom", **given):
         defaults = {f.name: f.default for f in fields(Config)} | DATA_SETS.get(dataset, OWN)
@@ -139,11 +139,11 @@ class Config:
                 raise ConfigError(f"Config has no field {name!r}{near}")
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
 
-    # Sec. 4.1: Baseline 1 is one network, which trains on the validation images too.
+    # Sec. 4.1: Baseline 1 is one network and trains on the validation images too.
     single = property(lambda self: self.method in ("baseline", "replay"))
     trains_on_all = property(lambda self: self.single and not self.early_stopping)
     evolves_theta = property(lambda self: self.method == "epbt" and self.loss == "taylorglo")
-    # The loss of individuals without theta.
+    # The loss where theta is not evolved.
     plain_loss = property(lambda self: self.loss.replace("taylorglo", "cross-entropy"))
 
     @property
@@ -157,24 +157,24 @@ class Config:
         return min(int(self.k * self.novelty_candidates), self.population)
 
     def evaluations(self):
-        """P + (n - 1)(P - k) for EPBT (Sec. 5.2), P n for methods in which everyone trains on."""
+        """Sec. 5.2: P + (n - 1)(P - k) for EPBT. The other methods train everyone: P n."""
         children = self.population - (self.k if self.method == "epbt" else 0)
         return self.population + (self.generations - 1) * children
 
     def search_space(self, cutout=0):
-        """The evolved variables. cutout: the augmentation's, in pixels."""
+        """The evolved variables. cutout: the augmentation's, in pixels; 0: none."""
         if self.method != "epbt":
             return () if self.single else RATE
         return search_space(self.theta_range if self.evolves_theta else None, self.high_rates,
                             cutout if self.evolve_cutout else 0)
 
     def fixed(self, cutout=0):
-        """The hyperparameters of individuals that do not evolve them."""
+        """The values of hyperparameters that are not evolved."""
         return dict(lr_scale=1.0, lr_decay=1.0 if self.method == "pbt" else self.lr_decay,
                     momentum=self.momentum, weight_decay=self.weight_decay, cutout=cutout)
 
     def identity(self):
-        """What a resumed run must share: the fields that can change the result."""
+        """The fields that can change the result: a resumed run must have the same."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in RUNTIME}
 
 
@@ -191,7 +191,7 @@ DATA_SETS = {
                    augmentation="none", batch_size=64, population=12, generations=15),
 }
 DATA_SETS["fashion-long-tail"] = DATA_SETS["fashion"] | dict(validation=0.2)
-PRESETS = {  # what each changes; docs/choices.md has the measurements
+PRESETS = {  # docs/choices-measured.md has the measurements
     "known": dict(known_losses=2),
     "best": dict(elites=0.25, distillation=0.0, theta_range=1.0, add_cross_entropy=True,
                  average_weights=1.0, milestones=(), high_rates=True, evolve_cutout=True),
@@ -199,12 +199,12 @@ PRESETS = {  # what each changes; docs/choices.md has the measurements
 
 
 def flag(name):
-    """A field on the command line."""
+    """The command line's name for a field."""
     return "--" + name.replace("_", "-")
 
 
 def check(config):
-    """Raise ConfigError: a line for each field that is not as declared, else each contradiction."""
+    """Raises ConfigError: one line for each wrong value or, without any, each contradiction."""
     hints = get_type_hints(Config, include_extras=True)
     found = [(f.name, mistake(hints[f.name], getattr(config, f.name))) for f in fields(config)]
     lines = [f"{flag(name)} must be {line}" for name, line in found if line]
@@ -213,7 +213,7 @@ def check(config):
 
 
 def contradictions(c):
-    """What is wrong with a config whose fields are each as declared, a line each."""
+    """One line for each pair of fields that do not fit."""
     least = {"epbt": 2, "pbt": 4}.get(c.method, 1)
     return [line for wrong, line in (
         (c.population < least,

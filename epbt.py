@@ -2,12 +2,11 @@
 
     python epbt.py --dataset svhn
 
-A population of networks trains in parallel while evolution adapts each one's loss function
-(TaylorGLO, eight parameters), learning-rate schedule and momentum. The function `epbt` is
-Algorithm 1: hold the paper beside it.
+A population of networks trains in parallel. Evolution adapts the loss function (TaylorGLO, eight
+parameters), learning-rate schedule and momentum of each. The function `epbt` is Algorithm 1.
 """
 
-if __name__ == "__main__":  # first, as the workers' server and this process import PyTorch at once
+if __name__ == "__main__":  # first, so that the workers' server imports PyTorch meanwhile
     from server import start_early
 
     start_early()
@@ -65,17 +64,17 @@ __all__ = ["Config", "evolve"]
 
 
 def epbt(config, space, data, workers, run):
-    """Algorithm 1. A generator: yields (generation, M) at the end of each generation.
+    """Algorithm 1. Yields (g, M), the number and population of each generation when it ends.
 
-    space: the evolved variables; workers and run: where individuals are evaluated and recorded.
-    paper: unspecified: the initial individuals are evaluated in generation 0, as there is no
-    fitness to select by before; so P + (n - 1)(P - k) losses are tried, the 520 of Sec. 5.2."""
+    space: the evolved variables. workers evaluates individuals, run records them.
+    paper: unspecified: generation 0 evaluates the initial individuals, because without a fitness
+    nothing can be selected. So P + (n - 1)(P - k) losses are tried, the 520 of Sec. 5.2."""
     M = run.population
     for g in range(run.generations, config.generations):
         rng = random_stream("evolution", config.seed, g)
         alive = [m for m in M if not m.diverged]
         if not alive:
-            # Sec. 3.2, Initialization; paper: unspecified: again, if a whole generation diverged.
+            # Sec. 3.2, Initialization. paper: unspecified: repeated if a whole generation diverged.
             known = {**config.fixed(data.augmentation.cutout), **known_loss(data.num_classes)}
             h = initialize(space, config.population, rng, known, config.known_losses)
             teacher, alpha, elites, N = None, 0.0, [], newborn(M, g, as_dicts(space, h))
@@ -88,51 +87,51 @@ def epbt(config, space, data, workers, run):
             h = as_array(space, [p.hyperparameters for p in parents])
             h = mutate(h, space, config.mutation, config.reset, rng)
             h, mates = crossover(h, config.crossover, rng)
-            # Step 2b: the children, with their parents' weights, BatchNorm statistics, momentum.
+            # Step 2b: create the children. Each starts from the network of its parent.
             alpha = config.distillation * g / (config.generations - 1)
             teacher = fittest(alive) if alpha else None
             N = newborn(M, g, as_dicts(space, h), parents, mates, teacher)
-            # Step 3b: preserve the k fittest of M_g, or the most novel of its m fittest.
+            # Step 3b: preserve the k fittest of M_g, or the k most novel of its m fittest.
             novel = pulse(g, config.pulsation_period, config.novelty)
             right = np.stack([m.correct for m in alive])
             top = select_elites(fitness, right, k, config.m, config.behaviour_images, novel, rng)
             elites = [alive[i] for i in top]
-        # Step 3a: train the children, distilled from the best of M_g (Sec. 3.5), and score them.
+        # Step 3a: train the children, with the fittest of M_g as teacher (Sec. 3.5); score them.
         N = workers.evaluate(N, teacher, alpha)
-        # Step 3c: together they are the next population, the oldest first.
+        # Step 3c: elites and children are the next population, the oldest first.
         M = sorted(elites, key=lambda m: m.id) + N
         run.record(g, M, elites)
         yield g, M
 
 
 def newborn(M, g, hyperparameters, parents=(), mates=(), teacher=None):
-    """Unevaluated individuals, numbered on from the population M."""
+    """Individuals that are not evaluated yet. Their ids follow those of the population M."""
     first = 1 + max((m.id for m in M), default=-1)
     N = [Individual(first + i, g, h, teacher=teacher and teacher.id)
          for i, h in enumerate(hyperparameters)]
-    for child, parent, mate in zip(N, parents, mates, strict=False):  # none for fresh ones
+    for child, parent, mate in zip(N, parents, mates, strict=False):  # initial ones have none
         child.parent, child.mate = parent.id, None if mate < 0 else parents[mate].id
     return N
 
 
-NO_FILE = ("worker processes cannot find a function that is in no file, as in a notebook: put it "
-           "into one")
+NO_FILE = "worker processes need each function in a file, not in a notebook: put it into one"
 METHODS = dict(epbt=epbt, pbt=train_on, baseline=train_on, random=train_on, replay=replay)
 
 
 def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None,
            report=print, fitness=None, clock=None):
-    """Carry out a run and return its Outcome: `evolve(Config(dataset="svhn"))`, for example.
+    """Carry out a run, for example evolve(Config(dataset="svhn")), and return its Outcome.
 
-    make_model: called as make_model(num_classes=..., in_channels=...); a function of a module, so
-    that worker processes find it. train, test: (images, labels) or map-style Datasets, as
-    data.make_data takes them; augmentation: an Augmentation of these, None is none.
-    space: the evolved variables, as (*config.search_space(), Variable("weight_decay", 0, 1e-3)).
-    report: called with each line for people. fitness: called as fitness(logits, labels) on tensors
-    (N, classes) and (N,) of the validation images, higher is better; None is config.fitness.
-    clock: a Stopwatch of what came before.
-    Raises ConfigError, DataError, RunError and taylorglo_ext.BackendError, whose messages are
-    clear lines."""
+    make_model: called as make_model(num_classes=..., in_channels=...); None: config.model.
+    train, test: (images, labels) or map-style Datasets, see data.make_data; None: config.dataset.
+    space: the evolved variables, such as (*config.search_space(), evolution.Variable(...)).
+    augmentation: an Augmentation of the images in train; None: no augmentation.
+    report: called with each line for people.
+    fitness: called as fitness(logits, labels) with tensors (N, classes) and (N,) of the validation
+    images, higher is better; None: config.fitness.
+    clock: a Stopwatch that has been running since the program started.
+    Functions must be at the top level of a module, where worker processes find them.
+    Raises ConfigError, DataError, RunError or taylorglo_ext.BackendError."""
     clock = clock or Stopwatch()
     if make_model is not None:
         name = import_name(make_model, "make_model(num_classes=..., in_channels=...)")
@@ -143,22 +142,23 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
         augmentation = str(augmentation or Augmentation())
         config = replace(config, dataset="custom", augmentation=augmentation)
     elif augmentation is not None:
-        raise ConfigError("augmentation is for data that are given; else it is in the config")
+        raise ConfigError("augmentation is for train and test; without them, set it in the config")
     config = settled(config)
     clock.lap("import")
     if config.workers != 1 and config.backend == "processes" and not in_no_file(config):
-        start_server()  # it has imported PyTorch by the time the data is read
+        start_server()  # it imports PyTorch while this process reads the data
     with settings(replace(config, device="cpu")):
         return run(config, train, test, space, report, clock)
 
 
 def run(config, train, test, space, report, clock):
-    """Carry out a run whose config is settled."""
+    """`evolve` with a settled config, under PyTorch's settings."""
     clock.lap("loss")
     data = read_data(config, train, test)
-    notes = [f"in this process alone: {NO_FILE} to have more"] if in_no_file(config) else []
-    for line in (cost(config), *data.describe(), *notes):
+    for line in (cost(config), *data.describe()):
         report(line)
+    if in_no_file(config):
+        report(f"training in this process alone: {NO_FILE} to use more")
     tried_metric(config.fitness, data)
     space = config.search_space(data.augmentation.cutout) if space is None else space
     space = checked_space(space, HYPERPARAMETERS)
@@ -178,20 +178,22 @@ def run(config, train, test, space, report, clock):
             done, total = folder.evaluated(), config.evaluations()
             with (tqdm(initial=done, total=total, unit=" networks", disable=None) as bar,
                   closing(make_pool(config, data)) as pool):
-                folder.begin()  # now that the workers stand, --overwrite may clear the old run
+                folder.begin()  # clears the old run only now that nothing can stop the new one
                 clock.lap("workers")
                 report(f"ready in {clock}")
                 workers = Workers(pool, folder, bar)
                 generations = METHODS[config.method](config, space, data, workers, folder)
-                for g, M in (watched(generations, folder.path) if config.tensorboard
-                             else generations):
+                if config.tensorboard:
+                    generations = watched(generations, folder.path)
+                for g, M in generations:
                     with bar.external_write_mode():
                         report(progress_line(config, g, M, folder.evaluated()))
         return finish(config, folder, data, report)
 
 
 def settled(config):
-    """The config with nothing left at "auto" that needs no data. Raises ConfigError, RunError."""
+    """The config, checked, with device, threads, workers and out decided. Raises ConfigError,
+    RunError."""
     check(config)
     find_factory(config.model)
     find_metric(config.fitness)
@@ -219,13 +221,14 @@ def settled(config):
 
 
 def in_no_file(config):
+    """Whether a function is in a notebook or in standard input, where no other process finds it."""
     return "__main__" in (config.model.split(":")[0], config.fitness.split(":")[0])
 
 
 def make_pool(config, data):
     """Where individuals are evaluated."""
     if config.backend == "ray":
-        from cluster import RayPool  # here, as Ray is an optional requirement
+        from cluster import RayPool  # not at the top: Ray is optional
 
         return RayPool(config, data)
     if (config.device == "cpu" and config.workers == 1) or in_no_file(config):
@@ -234,15 +237,15 @@ def make_pool(config, data):
 
 
 def read_data(c, train, test):
-    """The data of a run."""
-    shared = dict(seed=c.seed, validation=c.validation, enlarge=c.enlarge, limit=c.limit,
-                  augmentation=c.augmentation, train_on_all=c.trains_on_all,
-                  label_noise=c.label_noise, label_noise_kind=c.label_noise_kind)
+    """The Data of a run with config c."""
+    names = "seed", "validation", "enlarge", "limit", "augmentation", "label_noise"
+    shared = {name: getattr(c, name) for name in (*names, "label_noise_kind")}
+    shared["train_on_all"] = c.trains_on_all
     if train is not None or test is not None:
         return make_data(train, test, **shared)
     if c.dataset == "custom":
-        raise ConfigError("no data: name a data set, or give train and test to evolve() "
-                          "(with resume=True to go on)")
+        raise ConfigError("no data: name a data set, or give train and test to evolve(), "
+                          "with resume=True to go on")
     return load_data(c.dataset, c.data_root, c.image_size, c.download, **shared)
 
 
@@ -254,17 +257,16 @@ def cost(config):
 
 def progress_line(config, g, M, evaluated):
     best, middle = fittest(M), median(m.fitness for m in M)
-    what = "losses" if "theta0" in best.hyperparameters else "networks"
     return (f"generation {g + 1:3}/{config.generations}   best fitness {best.fitness:.4f}   "
             f"its test accuracy {best.test_accuracy:.4f}   median fitness {middle:.4f}   "
-            f"{what} tried {evaluated:4}   diverged {sum(m.diverged for m in M)}")
+            f"evaluated {evaluated:4}   diverged {sum(m.diverged for m in M)}")
 
 
 def main(arguments=None):
-    """The command line. Exit code 2 and one line a mistake for what the user can mend."""
+    """The command line. Prints one line for each mistake of the user's; the exit code is then 2."""
     config, clock = None, Stopwatch(process_age() if arguments is None else 0.0)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that lacks a letter
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     try:
         config = settled(command_line(arguments, __doc__))
         if config.plan:
@@ -283,4 +285,4 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     main()
-    gc.freeze()  # or the interpreter's end would look for garbage in all of PyTorch: half a second
+    gc.freeze()  # saves half a second: Python need not search PyTorch for garbage as it exits

@@ -1,4 +1,4 @@
-"""The errors that people can mend, each in one line, and the words that such lines share."""
+"""The errors that a user can mend, and helpers that write their one-line messages."""
 
 import difflib
 import re
@@ -10,27 +10,28 @@ LEAST, MOST = sys.float_info.min, sys.float_info.max  # the positive numbers
 
 
 def plain(text):
-    """The text in one line that can be printed, drawn and written as UTF-8: control characters,
-    and bytes of a file's name that are no UTF-8, are escaped."""
+    """The text as one line that can be printed, drawn and written as UTF-8: with escapes for
+    control characters and for bytes of file names that are not UTF-8."""
     unsafe = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(unsafe, lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def message(error):
-    """What an error says, in one line."""
+    """An error's message in one line."""
     return plain(" ".join(str(error).split()))
 
 
 def nearest(name, names):
-    """The words ", did you mean 'resnet32'?" for the nearest of the names, or nothing."""
+    """The words ", did you mean 'resnet32'?" for the most similar name, or "" without one."""
     lower = {candidate.lower(): candidate for candidate in names}
     matches = difflib.get_close_matches(name.lower(), lower, n=1)
     return f", did you mean {lower[matches[0]]!r}?" if matches else ""
 
 
 def mistake(declared, value):
-    """What a value must be and is not, or None. declared: str, bool, Literal, a tuple, or a number
-    as Annotated[int or float, lowest, highest]."""
+    """What a value must be, as "a number above 0, not -1", or None if it is right.
+
+    declared: str, bool, Literal, a tuple, or Annotated[int or float, lowest, highest]."""
     kind, *arguments = get_origin(declared) or declared, *get_args(declared)
     near = ""
     if kind is tuple and isinstance(value, tuple):
@@ -52,11 +53,11 @@ def mistake(declared, value):
 
 
 class ConfigError(Exception):
-    """One line for each thing that is wrong with a config."""
+    """What is wrong with a config, one line for each mistake."""
 
 
 class OneLine(Exception):
-    """Its message is one line, whatever it quotes."""
+    """An error whose message is one line, even if it quotes several."""
 
     def __init__(self, text=""):
         super().__init__(message(text))
@@ -72,7 +73,7 @@ class RunError(OneLine):
 
 @contextmanager
 def told(what, advice=""):
-    """Whatever is raised within, also by other people's code, becomes a DataError."""
+    """Turns any error within, also of other people's code, into a DataError."""
     try:
         yield
     except Exception as error:

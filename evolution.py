@@ -1,8 +1,7 @@
-"""The genetic operators of EPBT: pure functions on NumPy arrays, with an explicit `rng`.
+"""The genetic operators of EPBT: pure functions on NumPy arrays, random only by `rng`.
 
-A population's hyperparameters are a float64 array h of shape (individuals, variables), its columns
-in the order of the search space. Callers pass individuals in the order of their ids, so that "ties
-go to the lower index" means ties go to the older individual, and no order depends on chance.
+The hyperparameters of a population are a float64 array h of shape (individuals, variables), with
+the rows in the order of the ids. So "ties go to the lower index" means to the older individual.
 """
 
 from collections.abc import Iterable
@@ -16,17 +15,17 @@ STREAMS = ("evolution", "training", "weights")
 
 
 def random_stream(purpose, seed, *key):
-    """A generator of its own for each purpose and key, all derived from the run's seed.
+    """The random generator for one purpose and key, derived from the run's seed.
 
-    The purpose comes first and is never 0, since NumPy pads a seed with zeros: (seed, 3) and
-    (seed, 3, 0) are one."""
+    NumPy ignores zeros at the end of a seed, so the purpose comes first and is never 0."""
     return np.random.default_rng((1 + STREAMS.index(purpose), seed, *key))
 
 
 @dataclass(frozen=True)
 class Variable:
-    """One evolved hyperparameter: its initial range, whether it is drawn uniformly in its
-    logarithm, and whether mutation is clipped to that range."""
+    """One evolved hyperparameter and its initial range.
+
+    log: draw the logarithm uniformly, not the value. clip: mutation keeps it within the range."""
 
     name: str
     low: float
@@ -49,38 +48,40 @@ class Variable:
         return self.low + (self.high - self.low) * u
 
 
-# Sec. 4.1: theta is drawn from U(-10, 10). paper: unspecified: the other three ranges; they contain
-# Baseline 1's schedule (scale 1, decay 5 or 10, momentum 0.9), as the paper asks.
-LEARNING_RATE_SCHEDULE = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 1.0, 10.0))
-MOMENTUM = (Variable("momentum", 0.5, 0.99),)
-# Not in the paper: no rates below Baseline 1's first.
+# Sec. 4.1: theta is drawn from U(-10, 10). paper: unspecified: the ranges of the other three. They
+# contain Baseline 1's schedule (scale 1, decay 5 or 10, momentum 0.9), as the paper requires.
+RATES = (Variable("lr_scale", 0.1, 10.0), Variable("lr_decay", 1.0, 10.0),
+         Variable("momentum", 0.5, 0.99))
+# Not in the paper: no learning rate below Baseline 1's first.
 HIGH_RATES = (Variable("lr_scale", 1.0, 10.0, log=True), Variable("lr_decay", 1.0, 10.0),
               Variable("momentum", 0.8, 0.97))
-# What PBT evolves. Sec. 4.1: between 0.1 and 0.0001, here as a scale of the rate 0.1. paper:
-# unspecified: uniform in the logarithm.
+# PBT evolves the learning rate. Sec. 4.1: from 0.1 to 0.0001, here a factor of 0.1.
+# paper: unspecified: uniform in the logarithm.
 RATE = (Variable("lr_scale", 1e-3, 1.0, log=True),)
 
 
 def search_space(theta_range=10.0, high_rates=False, cutout=0):
-    """The variables that EPBT evolves; those of the loss only with a theta_range. Not in the paper:
-    cutout, if it is not 0, is the largest side in pixels of the square that is cut out."""
+    """The variables that EPBT evolves.
+
+    theta_range: initial thetas are between minus this and this; 0 or None: without the loss. Not in
+    the paper: cutout, the largest side in pixels of the square that is cut out; 0: not evolved."""
     theta = tuple(Variable(f"theta{i}", -theta_range, theta_range, clip=False)
                   for i in range(8 if theta_range else 0))
-    rates = HIGH_RATES if high_rates else LEARNING_RATE_SCHEDULE + MOMENTUM
-    return theta + rates + ((Variable("cutout", 0.0, float(cutout)),) if cutout else ())
+    rates = HIGH_RATES if high_rates else RATES
+    return theta + rates + ((Variable("cutout", 0, cutout),) if cutout else ())
 
 
 SEARCH_SPACE = search_space()
 
 
 def checked_space(space, accepted):
-    """The variables as a tuple. Raises ConfigError for one that training cannot apply. accepted:
-    the names of all hyperparameters."""
+    """The variables as a tuple. Raises ConfigError for variables that training cannot apply.
+
+    accepted: the names of all hyperparameters."""
     space = tuple(space) if isinstance(space, Iterable) else (space,)
-    for v in space:
-        if not isinstance(v, Variable):
-            raise ConfigError("space must be a tuple of evolution.Variable, such as "
-                              f'Variable("momentum", 0.5, 0.9), not {v!r}')
+    if not all(isinstance(v, Variable) for v in space):
+        raise ConfigError("space must be a tuple of evolution.Variable, such as "
+                          f'Variable("momentum", 0.5, 0.9), not {space!r}')
     names, lines = [v.name for v in space], []
     for v in space:
         above, highest = v.name == "lr_decay", 1 if v.name == "momentum" else np.inf
@@ -101,67 +102,72 @@ def checked_space(space, accepted):
 
 
 def as_array(space, hyperparameters):
-    """h of shape (individuals, variables) from a dict for each individual."""
+    """h of shape (individuals, variables) from one dict an individual."""
     return np.array([[each[v.name] for v in space] for each in hyperparameters], dtype=float)
 
 
 def as_dicts(space, h):
-    """The inverse of as_array."""
+    """One dict an individual: the inverse of as_array."""
     return [{v.name: float(x) for v, x in zip(space, row, strict=True)} for row in h]
 
 
 def draw(space, n, rng):
-    """n fresh draws of every variable, uniform within its range: h of shape (n, variables)."""
+    """n random values of every variable, uniform within its range: h of shape (n, variables)."""
     u = rng.random((n, len(space)))
     return np.array([v.at(column) for v, column in zip(space, u.T, strict=True)]).reshape(-1, n).T
 
 
-def initialize(space, n, rng, known=None, copies=0):
+def clipped(h, space):
+    """h with each variable that has `clip` moved into its range."""
+    bounds = [(v.low, v.high) if v.clip else (-np.inf, np.inf) for v in space]
+    return h.clip(*np.array(bounds).reshape(-1, 2).T)
+
+
+def initialize(space, n, rng, known=(), copies=0):
     """Sec. 3.2, Initialization: h of shape (n, variables), uniform within the ranges.
 
     Not in the paper: the first `copies` rows get the values of `known`, a dict by name."""
     h = draw(space, n, rng)
     for i, v in enumerate(space):
-        if copies and v.name in known:
-            h[:copies, i] = np.clip(known[v.name], v.low, v.high) if v.clip else known[v.name]
-    return h
+        if v.name in known:
+            h[:copies, i] = known[v.name]
+    return clipped(h, space)
 
 
 def known_loss(classes):
     """theta, as a dict, of a loss that is known to learn: cross-entropy to the second order.
 
-    For the probability y of the right class, -log y = (1 - y) + (1 - y)^2 / 2 + ... around y = 1.
-    In Eq. 2, theta0 = 0 makes (x - theta0) the one-hot label, which leaves of the sum over classes
-    the right one alone, and theta1 = 1 expands around y = 1:
-    L = -(1/n) [theta5 (y - 1) + theta6 (y - 1)^2 / 2]. With theta5 = n and theta6 = -n that is
-    (1 - y) + (1 - y)^2 / 2. For ten classes it is on the edge of the initial range of Sec. 4.1."""
+    Let y be the probability of the right class. Around y = 1, the cross-entropy -log y is
+    (1 - y) + (1 - y)^2 / 2 + ... In Eq. 2, theta0 = 0 leaves only the right class of the sum, and
+    theta1 = 1 expands around y = 1: L = -(1/n) [theta5 (y - 1) + theta6 (y - 1)^2 / 2]. So
+    theta5 = n and theta6 = -n. For ten classes that is the edge of the range of Sec. 4.1."""
     return {f"theta{i}": float(x) for i, x in enumerate((0, 1, 0, 0, 0, classes, -classes, 0))}
 
 
 def tournament(fitness, n, t, rng):
-    """Sec. 3.2, Step 1, operator tau: n winners, each the fittest of t individuals drawn at random;
-    paper: unspecified: without replacement (of all, where fewer than t live). Returns indices (n,);
-    one individual may win many times."""
+    """Sec. 3.2, Step 1, operator tau: the indices (n,) of the winners of n tournaments.
+
+    The winner is the fittest of t random individuals, or of all if fewer live. It may win again.
+    paper: unspecified: the t are drawn without replacement."""
     t = min(t, len(fitness))
     contests = [np.sort(rng.choice(len(fitness), size=t, replace=False)) for _ in range(n)]
     return np.array([c[np.argmax(fitness[c])] for c in contests], dtype=int)
 
 
 def mutate(h, space, sigma, reset_probability, rng):
-    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), then with reset_probability a
-    fresh draw, for each variable independently. Variables with clip stay within their range."""
-    mutated = h * (1 + sigma * rng.standard_normal(h.shape))
-    for i, v in enumerate(space):
-        if v.clip:
-            mutated[:, i] = mutated[:, i].clip(v.low, v.high)
+    """Sec. 3.2, Step 2, operator gamma: h * (1 + sigma * N(0, 1)), clipped.
+
+    Then each variable, independently, is drawn anew with reset_probability."""
+    mutated = clipped(h * (1 + sigma * rng.standard_normal(h.shape)), space)
     reset = rng.random(h.shape) < reset_probability
     return np.where(reset, draw(space, len(h), rng), mutated)
 
 
 def crossover(h, probability, rng):
-    """Sec. 3.2, Step 2, operator xi: each variable is taken, with the given probability (the
-    paper's 50%), from one other member of the set. Returns the children (n, variables) and for each
-    the index of the member that gave something, or -1 where none did."""
+    """Sec. 3.2, Step 2, operator xi: with the probability (the paper's 50%), each variable is taken
+    from a mate, one other member of the set.
+
+    Returns the children (n, variables) and their mates' indices (n,), -1 where nothing is taken."""
     n = len(h)
     if n < 2:
         return h.copy(), np.full(n, -1)
@@ -178,26 +184,26 @@ def best_first(fitness, n):
 def novelty_scores(behaviour):
     """Eq. 1: S_i, the sum of the distances d from behaviour vector b_i to all others.
 
-    paper: unspecified: d is the Euclidean distance, the root of the number of images on which two
-    disagree. behaviour: (m, N) booleans, right or wrong on each of N validation images. Returns the
-    scores (m,) and the distances (m, m)."""
+    behaviour: (m, N) booleans, right or wrong on each of N validation images. Returns the scores
+    (m,) and the distances (m, m). paper: unspecified: d is the Euclidean distance, the root of the
+    number of images on which two individuals disagree."""
     distance = np.sqrt((behaviour[:, None] != behaviour[None]).sum(axis=2))
-    # Summed in sorted order, so that equal sets of distances have equal sums and ties are ties.
+    # Equal sets of distances, in any order, must have the same sum to the last bit: sort them.
     return np.sort(distance, axis=1).sum(axis=1), distance
 
 
 def novelty_elites(fitness, behaviour, k, m):
     """Sec. 2.5 and 3.4: of the m fittest the k most novel, skipping candidates of the same cluster.
 
-    paper: unspecified: the fittest always stays; the rest are ranked by S_i (ties by fitness, then
-    age). The first k - 1 are kept, each remaining candidate is put in by turns, and the later
-    ranked of the closest pair drops out; the fittest is in no pair. Returns the indices of the
-    elites, the fittest first, the others by rank."""
+    paper: unspecified: the fittest always stays. The others are ranked by S_i (ties: by fitness,
+    then age). Keep the first k - 1. Add the remaining candidates one at a time; each time drop the
+    lower-ranked of the closest pair; the fittest is in no pair. Returns their indices, the fittest
+    first, the others by rank."""
     candidates = best_first(fitness, m)
     scores, distance = novelty_scores(behaviour[candidates])
-    ranked = 1 + np.argsort(-scores[1:], kind="stable")  # candidates are sorted by fitness already
+    ranked = 1 + np.argsort(-scores[1:], kind="stable")  # stable: ties stay in order of fitness
     kept = list(ranked[: k - 1])
-    for newcomer in ranked[k - 1 :] if k > 2 else ():  # else the newcomer is the later of any pair
+    for newcomer in ranked[k - 1 :] if k > 2 else ():  # else no newcomer stays
         kept.append(newcomer)
         _, later = min((distance[a, b], -j) for j, b in enumerate(kept) for a in kept[:j])
         kept.pop(-later)
@@ -205,10 +211,11 @@ def novelty_elites(fitness, behaviour, k, m):
 
 
 def select_elites(fitness, correct, k, m, n, novel, rng):
-    """Alg. 1, step 3b: indices of the k fittest, or if novel the k most novel of the m fittest.
+    """Alg. 1, step 3b: indices of the k fittest or, if `novel`, of the k most novel of the m
+    fittest.
 
-    correct: (individuals, validation images) booleans. Sec. 3.4: the behaviour is taken on n of the
-    images, chosen at random; paper: unspecified: anew in each generation."""
+    correct: (individuals, validation images) booleans. Sec. 3.4: n random images make the
+    behaviour; paper: unspecified: other ones in each generation."""
     if not novel:
         return best_first(fitness, k)
     images = rng.choice(correct.shape[1], size=min(n, correct.shape[1]), replace=False)
@@ -216,7 +223,7 @@ def select_elites(fitness, correct, k, m, n, novel, rng):
 
 
 def pulse(generation, period, reading):
-    """Sec. 3.4: whether Novelty Selection is on in this generation.
+    """Sec. 3.4: whether Novelty Selection is on in this generation, with p = period.
 
     reading: 'pulsation' (off for p generations, then on for p, as Sec. 2.5 says), 'one-in-p' (on in
     every p-th), 'always' or 'off'."""

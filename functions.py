@@ -1,4 +1,4 @@
-"""Functions of the user's, by the name under which worker processes import them."""
+"""Functions by name, ours and the user's: worker processes import the user's by name."""
 
 import importlib
 import os
@@ -8,13 +8,22 @@ from pathlib import Path
 from errors import ConfigError, message, nearest
 
 
-def imported(flag, module, attribute):
-    """A function of the user's, by name. flag: of which option, for errors. Raises ConfigError."""
+def find(name, known, flag, kind, others):
+    """The function called by a name of the dict `known` or as package.module:function.
+
+    flag, kind, others: for errors, the option, what it names, and the other names that are
+    accepted. Raises ConfigError."""
+    module, _, attribute = name.partition(":")
+    if name in known:
+        return known[name]
+    if not module or not attribute:
+        raise ConfigError(f"{flag}: no {kind} is called {name!r}{nearest(name, known)}; accepted "
+                          f"are {', '.join(known)}{others}")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that no file of the user's hides one of ours
+        sys.path.append(os.getcwd())  # last, so that the user's files do not hide ours
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except Exception as error:  # the user's module can raise anything
         raise ConfigError(f"{flag} {module}:{attribute}: cannot import {module!r} "
                           f"({type(error).__name__}: {message(error)})") from error
     function = getattr(found, attribute, None)
@@ -25,15 +34,16 @@ def imported(flag, module, attribute):
 
 
 def import_name(function, called):
-    """The name of a function, by which worker processes find it. called: how, for errors, such as
-    "make_model(num_classes=..., in_channels=...)". Raises ConfigError."""
+    """The name module:function by which worker processes find a function. called: how it is called,
+    for errors, such as "fitness(logits, labels)". Raises ConfigError."""
     module, main = getattr(function, "__module__", None), sys.modules["__main__"]
     name = getattr(function, "__qualname__", f"an object of the class {type(function).__name__}")
     if not callable(function) or getattr(sys.modules.get(module), name, None) is not function:
         raise ConfigError("it must be a function or class at the top level of a module, called as "
                           f"{called}, not {name}")
     if module == "__main__" and os.path.isfile(getattr(main, "__file__", "")):
-        # Of a script, which is a module elsewhere; it is not to be carried out again here.
+        # Workers import the script under its file's name. Register it, so that this process does
+        # not carry it out a second time.
         script = main.__spec__.name if main.__spec__ else Path(main.__file__).stem
         if "." in script and not main.__spec__:
             raise ConfigError(f"{name} is in {Path(main.__file__).name}, which cannot be "

@@ -1,19 +1,18 @@
-"""What fitness is: a number from an individual's logits on the validation images, higher is better.
+"""Metrics: the fitness is one of them on the validation images. Higher is better.
 
-"As a black-box method, EPBT requires no gradient information but only the fitness value"
-(Sec. 3.1).
+Each takes logits (N, C) and labels (N,) on the CPU and returns a number.
 """
 
 import math
 
 import torch
 
-from errors import ConfigError, RunError, message, nearest
-from functions import imported
+from errors import RunError, message
+from functions import find
 
 
 def accuracy(logits, labels):
-    """The share of images classified correctly. logits (N, C), labels (N,), on the CPU."""
+    """The share of images that are classified correctly."""
     return (logits.argmax(1) == labels).double().mean().item()
 
 
@@ -30,9 +29,9 @@ def f1_macro(logits, labels):
 
 
 def counts(logits, labels):
-    """Of each class: its images that are classified correctly, all its images, and the images that
-    are classified as it."""
-    # scikit-learn has these metrics too, but its import takes each worker a second.
+    """Three counts (C,) for the classes: of their images that are classified correctly, of all
+    their images, and of the images that are classified as them."""
+    # scikit-learn has the metrics too, but importing it takes each worker a second.
     guess, n = logits.argmax(1), logits.shape[1]
     return [x.bincount(minlength=n).double() for x in (labels[guess == labels], labels, guess)]
 
@@ -41,18 +40,12 @@ METRICS = {"accuracy": accuracy, "balanced-accuracy": balanced_accuracy, "f1-mac
 
 
 def find_metric(name):
-    """The function behind a name: of METRICS, or package.module:function. Raises ConfigError."""
-    if name in METRICS:
-        return METRICS[name]
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ConfigError(f"--fitness: no metric is called {name!r}{nearest(name, METRICS)}; "
-                          f"accepted are {', '.join(METRICS)} and package.module:function")
-    return imported("--fitness", module, function)
+    """The metric called by a name of METRICS or package.module:function. Raises ConfigError."""
+    return find(name, METRICS, "--fitness", "metric", " and package.module:function")
 
 
 def measured(name, logits, labels):
-    """The metric of logits and labels, tensors on the CPU. Raises RunError if it is not finite."""
+    """The value of a metric. Raises RunError if the metric fails or the value is not finite."""
     try:
         value = float(find_metric(name)(logits, labels))
     except Exception as error:  # whatever the user's function raises
@@ -66,6 +59,6 @@ def measured(name, logits, labels):
 
 
 def tried_metric(name, data):
-    """Raise RunError before the run if the metric does not work on these validation labels."""
+    """Tries the metric on the validation labels. Raises RunError if it does not work."""
     labels = data.validation.labels
     measured(name, torch.zeros(len(labels), data.num_classes), labels)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import ConfigError, nearest
-from functions import imported
+from functions import find
 from norm_relu import norm_relu
 
 
@@ -211,15 +211,9 @@ def random_states_kept():
 
 def find_factory(name):
     """The callable behind a name. Raises ConfigError."""
-    module, colon, attribute = name.partition(":")
-    if name in MODELS:
-        return MODELS[name]
-    if module == "torchvision" and colon:
-        return torchvision_factory(attribute)
-    if module and attribute:
-        return imported("--model", module, attribute)
-    raise ConfigError(f"--model: no model is called {name!r}{nearest(name, MODELS)}; accepted are "
-                      f"{', '.join(MODELS)}, torchvision:NAME and package.module:factory")
+    if name.startswith("torchvision:"):
+        return torchvision_factory(name.partition(":")[2])
+    return find(name, MODELS, "--model", "model", ", torchvision:NAME and package.module:factory")
 
 
 def torchvision_factory(name):

@@ -1,4 +1,4 @@
-"""What a run leaves: its winner as a network and as a schedule, a summary and a report."""
+"""A run's outcome: its winner as a network and as a schedule, a summary and a report."""
 
 import html
 import io
@@ -20,13 +20,13 @@ from training import all_metrics
 
 @dataclass
 class Outcome:
-    """What a run leaves, beside the files in its folder."""
+    """What `evolve` returns."""
 
-    model: torch.nn.Module  # the fittest, on the CPU, in evaluation mode, for normalised images
-    data: Data  # as it was split and normalised
-    schedule: dict  # the winner's losses, learning rates and momenta by epoch; see replay.py
-    summary: dict  # as in summary.json
-    folder: Path  # of the run
+    model: torch.nn.Module  # the fittest, on the CPU, in evaluation mode; takes normalised images
+    data: Data  # the images as they were split, and their mean and deviation
+    schedule: dict  # the winner's losses, learning rates and momenta by epoch: replay.schedule
+    summary: dict  # the content of summary.json
+    folder: Path  # the run's folder
 
     def report(self):
         """Show the run's page, report.html, in a notebook; elsewhere say where it is."""
@@ -41,7 +41,7 @@ class Outcome:
 
 
 def delivered(config, folder, data, best):
-    """The fittest individual as a model on the CPU, in evaluation mode."""
+    """The individual `best` as a model on the CPU, in evaluation mode."""
     model = make_model(config.model, data.num_classes, data.channels, seed=0)
     state = load_individual(folder.individual_path(best.id))[1]
     network = Network(model, "cpu", "contiguous")
@@ -51,8 +51,7 @@ def delivered(config, folder, data, best):
 
 
 def finish(config, folder, data, report):
-    """Write best.pt, the schedule, the report and the summary, if it is not done, and return the
-    Outcome."""
+    """Write best.pt, schedule, report and summary, unless they are there; return the Outcome."""
     best = fittest(folder.population)
     model, plan = delivered(config, folder, data, best), schedule(config, data, folder.log)
     n, scores = folder.evaluated(), all_metrics(config, data, model)
@@ -64,27 +63,28 @@ def finish(config, folder, data, report):
     found = scores["accuracy"]
     if found != best.test_accuracy:
         report(f"WARNING: the delivered model classifies {found:.4f} of the test images correctly, "
-               f"not the {best.test_accuracy:.4f} that were measured when it was trained")
+               f"not the {best.test_accuracy:.4f} that was measured after its training")
         summary["delivered_test_accuracy"] = found
+    outcome = Outcome(model, data, plan, summary, folder.path)
     if folder.finished:
-        return Outcome(model, data, plan, summary, folder.path)
+        return outcome
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
     write_atomic(folder.path / "best.pt", buffer.getbuffer())
     for name, content in ((SCHEDULE, plan), ("summary.json", summary)):
         write_atomic(folder.path / name, (json.dumps(content, indent=2) + "\n").encode())
     try:
-        from report import report as draw  # here, as matplotlib takes its time
+        from report import report as draw  # not at the top: matplotlib takes long to import
 
         draw(folder.path)
-    except Exception as error:  # whatever a drawing library raises: the result is saved
+    except Exception as error:  # the result is saved, whatever the drawing raises
         report(f"the figures and report.html could not be drawn: {type(error).__name__}: "
                f"{message(error)}")
-    return Outcome(model, data, plan, summary, folder.path)
+    return outcome
 
 
 def formula(t):
-    """Eq. 2 with the eight numbers of theta, x the label and y the softmax."""
+    """Eq. 2 with the numbers of theta as text; x is the label and y the softmax."""
     a, b = f"(y {0 - t[1]:+.3g})", f"(x {0 - t[0]:+.3g})"
     factors = t[2], t[3] / 2, t[4] / 6, t[5], t[6] / 2, t[7] / 2
     terms = zip(factors, (a, a + "^2", a + "^3", b + a, b + a + "^2", b + "^2" + a), strict=True)

@@ -1,8 +1,7 @@
-"""What a run leaves to a practitioner: its winner's schedule, in a small JSON file.
+"""The winner's schedule, a small JSON file, and the training of one new network under it.
 
-The ancestry of the fittest individual (Sec. 5.3) is a sequence of losses, learning rates and
-momenta, one for each epoch that its weights were trained. `replay` trains one new network from
-scratch under that sequence.
+The schedule follows the ancestors of the fittest individual (Sec. 5.3). It has a loss, learning
+rate and momentum for each epoch in which the individual's weights were trained.
 """
 
 import hashlib
@@ -17,16 +16,17 @@ from records import Individual, ancestry
 SCHEDULE = "schedule.json"
 EPOCH = dict(learning_rate=NotNegative, momentum=Share, weight_decay=NotNegative,
              cutout=NotNegative, theta=tuple[Annotated[float, -MOST, MOST], ...])
-# Fields of the run's config that a replay takes over, and those whose place the schedule takes.
+# A replay takes SHARED from the run's config. The schedule decides DECIDED.
 SHARED = ("dataset", "model", "batch_size", "add_cross_entropy", "image_size", "augmentation")
 DECIDED = "learning_rate", "lr_decay", "momentum", "weight_decay", "loss", "add_cross_entropy"
 
 
 def schedule(config, data, log):
-    """The winner's schedule: the fields SHARED of its config, "plain_loss" (the loss where theta is
-    None), "side" (the lesser of height and width in pixels), "average_epochs" (over about how many
-    the weights are averaged), and "epochs": [{"learning_rate", "momentum", "weight_decay",
-    "cutout", "theta": eight numbers, or None}, ...]."""
+    """The winner's schedule, a dict with the fields SHARED of the config and:
+
+    plain_loss: the loss where theta is None; side: the smaller of the images' height and width in
+    pixels; average_epochs: over how many the weights are averaged; epochs: a list of dicts with the
+    keys of EPOCH, where theta is eight numbers or None."""
     epochs = [{name: ancestor["applied"][name] for name in EPOCH} | {"learning_rate": rate}
               for ancestor in ancestry(log) for rate in ancestor["applied"]["learning_rate"]]
     return {name: getattr(config, name) for name in SHARED} | {
@@ -35,7 +35,7 @@ def schedule(config, data, log):
 
 
 def read_schedule(path):
-    """The schedule in a file, or in the folder of a run. Raises RunError."""
+    """The schedule in a file or in a run's folder. Raises RunError if it is not one."""
     path = Path(path).expanduser()
     path = path / SCHEDULE if path.is_dir() else path
     try:
@@ -59,7 +59,7 @@ def read_schedule(path):
 
 
 def replay_fields(found, path):
-    """{field: value} that a replay of a schedule begins with: an epoch a generation, so many."""
+    """The fields of the config that replays a schedule: one generation for each epoch."""
     evolved = any(epoch["theta"] for epoch in found["epochs"])
     return {name: found[name] for name in SHARED} | dict(
         method="replay", preset="paper", replay=str(path), epochs=1, milestones=(),
@@ -68,13 +68,13 @@ def replay_fields(found, path):
 
 
 def replay_config(path):
-    """The fields of the replay of the schedule in a file or in the folder of a run."""
+    """The fields of the config that replays the schedule in a file or in a run's folder."""
     return replay_fields(read_schedule(path), path)
 
 
 def checked_schedule(config):
-    """The fingerprint of the schedule of a replay. Raises RunError for one that cannot be read, and
-    ConfigError where the config says otherwise than the schedule."""
+    """A fingerprint of the schedule of a replay. Raises RunError if it cannot be read, ConfigError
+    if the config contradicts it."""
     found = read_schedule(config.replay)
     decided = Config(**replay_fields(found, config.replay) | {"dataset": config.dataset})
     lines = [f"{flag(name)} is decided by the schedule of --replay: not {getattr(config, name)}"
@@ -85,9 +85,10 @@ def checked_schedule(config):
 
 
 def replay(config, space, data, workers, run):
-    """One new network under a schedule, which is stretched to this run's number of epochs. Each
-    generation is trained as the schedule is at its beginning. Cutouts keep their share of the
-    image."""
+    """Trains one new network under a schedule that is stretched to this run's generations.
+
+    A generator like `epbt.epbt`. A generation has the values that the schedule has at its start.
+    Cutouts keep their share of the image's side."""
     recorded = read_schedule(config.replay)
     epochs, scale = recorded["epochs"], min(data.height, data.width) / recorded["side"]
     for g in range(run.generations, config.generations):

@@ -1,4 +1,4 @@
-"""How long each part of a run's start takes."""
+"""Measures how long each part of a run's start takes."""
 
 import os
 import time
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 class Stopwatch:
-    """The seconds of each part, by their first laps; str() is "5.1 s: import 1.8, data 0.4"."""
+    """The seconds of each part; str() is "5.1 s: import 1.8, data 0.4"."""
 
     def __init__(self, age=0.0):
-        """age: for how many seconds the first part has been going on."""
+        """age: the seconds that the first part has taken already."""
         self.seconds, self.since = {}, time.perf_counter() - age
 
     def lap(self, part):
-        """What was done since the last lap belongs to this part."""
+        """Add the time since the last lap to this part."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.since
         self.since = now
@@ -24,7 +24,7 @@ class Stopwatch:
 
 
 def process_age():
-    """The seconds since this process started, as Linux tells."""
+    """The seconds since this process started, from Linux's /proc."""
     stat = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
     fields = stat.rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -11,15 +11,15 @@ FITNESS, TEST = "fitness/best", "fittest/test_accuracy_for_comparison_only"
 
 
 def watched(generations, folder):
-    """The same generations. As each passes, what log.jsonl says of it is written into the folder's
-    tensorboard/; what the log of a resumed run has already is written anew."""
-    from torch.utils.tensorboard import SummaryWriter  # here: it is optional and takes its time
+    """Yields the same generations. Before each, writes its line of log.jsonl into the folder's
+    tensorboard/. For a resumed run, writes the earlier lines again first."""
+    from torch.utils.tensorboard import SummaryWriter  # here: optional, and slow to import
     from torch.utils.tensorboard.summary import hparams
 
     path, config, written = Path(folder) / "tensorboard", read_config(folder), 0
     with one_line(f"write to {path}"):
         shutil.rmtree(path, ignore_errors=True)
-        writer = SummaryWriter(path, purge_step=0)  # a reader forgets what it has
+        writer = SummaryWriter(path, purge_step=0)  # a TensorBoard that is open drops old points
         settings = {name: value if isinstance(value, int | float | str) else str(value)
                     for name, value in config.items()}
         for summary in hparams(settings, {FITNESS: 0, TEST: 0}):
@@ -28,7 +28,7 @@ def watched(generations, folder):
         log = read_log(folder)
         with one_line(f"write to {path}"):
             for line in log[written:]:
-                for name, value in scalars(line["population"]).items():  # steps: epochs of training
+                for name, value in scalars(line["population"]).items():  # by epochs of training
                     writer.add_scalar(name, value, (line["generation"] + 1) * config["epochs"])
             writer.flush()
         written = len(log)
@@ -38,7 +38,7 @@ def watched(generations, folder):
 
 
 def scalars(population):
-    """{tag: value} of a line of the log."""
+    """{tag: value} of a population, given by its records."""
     best, fitness = fittest(population), [m["fitness"] for m in population]
     values = {FITNESS: best["fitness"], "fitness/median": median(fitness),
               "fitness/worst": min(fitness), TEST: best["test_accuracy"],
@@ -46,5 +46,5 @@ def scalars(population):
               "population/evaluations": 1 + max(m["id"] for m in population)}
     applied = best["applied"] | {"training_loss": best["loss"]} | best.get("scores", {})
     values |= {f"theta/theta{i}": x for i, x in enumerate(applied.pop("theta") or ())}
-    applied["learning_rate"] = (applied["learning_rate"] or [None])[-1]  # of its last epoch
+    applied["learning_rate"] = (applied["learning_rate"] or [None])[-1]  # of the last epoch
     return values | {f"fittest/{name}": x for name, x in applied.items() if x is not None}

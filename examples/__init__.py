@@ -1,1 +1,1 @@
-"""What to copy from: run each from the repository's root, for example `python -m examples.own_model`."""
+"""Run each from the repository's root, for example `python -m examples.own_model`."""

@@ -1,8 +1,9 @@
-"""Your own images of which some labels are wrong, from arrays to a saved model and its evolved losses.
+"""EPBT on images with wrong labels: from your arrays to a saved model and its evolved losses.
 
     python -m examples.noisy_labels
 
-The images here are scikit-learn's digits; a third of the labels to train on becomes another class. Put yours in.
+The images here are scikit-learn's digits, with a third of the training labels wrong. Replace
+`my_images` by your own.
 """
 
 import numpy as np
@@ -12,7 +13,9 @@ from epbt import Config, evolve
 
 
 def my_images():
-    """(images (N, 1, 8, 8) uint8, labels (N,)) to train on, with wrong labels, and clean ones for the test."""
+    """(images, labels) for training, some labels wrong, and for the test.
+
+    Images have the shape (N, 1, 8, 8) and are uint8, labels have the shape (N,)."""
     digits, rng = load_digits(), np.random.default_rng(0)
     images, labels = (digits.images[:, None] * 15).astype(np.uint8), digits.target.copy()
     wrong = rng.permutation(1400)[:467]
@@ -23,10 +26,13 @@ def my_images():
 def main():
     train, test = my_images()
     shared = dict(model="resnet8", batch_size=64, generations=10, epochs=4, seed=1, overwrite=True)
-    alone = evolve(Config(method="baseline", out="runs/noisy-baseline", **shared), train=train, test=test)
-    evolved = evolve(Config(population=12, out="runs/noisy-epbt", **shared), train=train, test=test)
-    print(f"\nBaseline 1 {alone.summary['test_accuracy']:.1%}, EPBT {evolved.summary['test_accuracy']:.1%}")
-    print("its model: runs/noisy-epbt/best.pt; its losses by epoch: runs/noisy-epbt/schedule.json")
+    baseline = Config(method="baseline", out="runs/noisy-baseline", **shared)
+    alone = evolve(baseline, train=train, test=test)
+    epbt = Config(population=12, out="runs/noisy-epbt", **shared)
+    evolved = evolve(epbt, train=train, test=test)
+    print(f"\nBaseline 1 {alone.summary['test_accuracy']:.1%}, "
+          f"EPBT {evolved.summary['test_accuracy']:.1%}")
+    print("EPBT's model: runs/noisy-epbt/best.pt; its losses: runs/noisy-epbt/schedule.json")
     print("theta in the last epoch:", evolved.schedule["epochs"][-1]["theta"])
 
 

@@ -1,6 +1,8 @@
-"""EPBT on a model and data of your own: here a small CNN on the digits of scikit-learn, as tensors.
+"""EPBT on your own model and data: here a small CNN and scikit-learn's digits.
 
-    python -m examples.own_model        half a minute on two cores; the result is in runs/own-model
+    python -m examples.own_model
+
+It takes half a minute on two cores. The result is in runs/own-model.
 """
 
 import torch
@@ -15,7 +17,7 @@ RUN = "runs/own-model"
 
 
 class SmallNet(nn.Sequential):
-    """Any module or function that is called like this; at the top level of a file, where workers find it."""
+    """Your model. It must be at the top level of a file, where worker processes find it."""
 
     def __init__(self, num_classes, in_channels):
         super().__init__(
@@ -25,9 +27,12 @@ class SmallNet(nn.Sequential):
 
 
 def digits():
-    """(images, labels) to train on, and to test on: images are (N, channels, height, width), uint8 or in [0, 1]."""
+    """(images, labels) for training and for the test.
+
+    Images have the shape (N, channels, height, width), and are uint8 or floats from 0 to 1."""
     found = load_digits()
-    images, labels = torch.tensor(found.images / 16).float().unsqueeze(1), torch.tensor(found.target)
+    images = torch.tensor(found.images / 16).float().unsqueeze(1)
+    labels = torch.tensor(found.target)
     mixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = mixed[:1400], mixed[1400:]
     return (images[train], labels[train]), (images[test], labels[test])
@@ -36,13 +41,14 @@ def digits():
 def main():
     train, test = digits()
     config = Config(preset="best", population=8, generations=8, epochs=1, out=RUN, overwrite=True)
-    # The loss, the learning rate and the momentum are evolved anyway; one more variable is one more line.
+    # Evolve weight decay too, beside the loss, the learning rate and the momentum.
     space = (*config.search_space(), Variable("weight_decay", 1e-5, 1e-2, log=True))
     outcome = evolve(config, SmallNet, train, test, space)
 
     images = outcome.data.test.images  # uint8; outcome.model takes them normalised
     predicted = outcome.model(normalize(images, outcome.data.mean, outcome.data.std)).argmax(dim=1)
-    print(f"test accuracy of the fittest: {(predicted == outcome.data.test.labels).float().mean():.4f}")
+    accuracy = (predicted == outcome.data.test.labels).float().mean()
+    print(f"test accuracy of the fittest: {accuracy:.4f}")
     print(f"its weight decay: {outcome.summary['best']['hyperparameters']['weight_decay']:.2g}")
     print(f"its weights and schedule: {RUN}/best.pt, {RUN}/schedule.json")
 

@@ -1,9 +1,9 @@
-"""A training loop of your own under the losses, learning rates and momenta that a run has evolved.
+"""Your own training loop under the losses, learning rates and momenta that a run has evolved.
 
-    python -m examples.replay_schedule        after, or instead of, python -m examples.own_model
+    python -m examples.replay_schedule        runs examples.own_model first, if that was not done
 
-All that it needs of this repository is the package taylorglo_ext, and of the run three files. The schedule also has the
-side of the cutout in pixels: it is for a loop with augmentation, which this one is without.
+It needs three files of the run and, of this repository, the package taylorglo_ext. A loop with
+augmentation can also use the schedule's cutout, the side of a square in pixels.
 """
 
 import json
@@ -21,11 +21,14 @@ RUN = Path(own_model.RUN)
 def main():
     if not (RUN / "summary.json").exists():
         own_model.main()
-    summary, schedule = (json.loads((RUN / name).read_text()) for name in ("summary.json", "schedule.json"))
-    if schedule["model"] != f"{own_model.__name__}:SmallNet":  # a copy of this file has an own_model.py to import instead
-        raise SystemExit(f"{RUN} was not made with {own_model.__file__}: import {schedule['model'].partition(':')[0]}")
+    summary = json.loads((RUN / "summary.json").read_text(encoding="utf-8"))
+    schedule = json.loads((RUN / "schedule.json").read_text(encoding="utf-8"))
+    module = schedule["model"].partition(":")[0]
+    if module != own_model.__name__:  # the run was made by a copy of own_model
+        raise SystemExit(f"{RUN} was not made with {own_model.__file__}: import {module}")
     (images, labels), (test_images, test_labels) = own_model.digits()
-    mean, std = (torch.tensor(summary[f"pixel_{name}"]).view(-1, 1, 1) / 255 for name in ("mean", "std"))
+    mean, std = (torch.tensor(summary[f"pixel_{name}"]).view(-1, 1, 1) / 255
+                 for name in ("mean", "std"))
     images, test_images = (images - mean) / std, (test_images - mean) / std
 
     def accuracy(model):
@@ -42,8 +45,8 @@ def main():
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
     for epoch, loss_function in zip(schedule["epochs"], losses(schedule), strict=True):
-        optimizer.param_groups[0].update(
-            lr=epoch["learning_rate"], momentum=epoch["momentum"], weight_decay=epoch["weight_decay"])
+        optimizer.param_groups[0].update(lr=epoch["learning_rate"], momentum=epoch["momentum"],
+                                         weight_decay=epoch["weight_decay"])
         model.train()
         for batch in torch.randperm(len(labels)).split(schedule["batch_size"])[:steps]:
             loss = loss_function(model(images[batch]), labels[batch])
@@ -51,7 +54,8 @@ def main():
             loss.backward()
             optimizer.step()
             average.update_parameters(model)
-    print(f"a new one by its schedule: test accuracy {accuracy(average):.4f} after {len(schedule['epochs'])} epochs")
+    print(f"a new one by its schedule: test accuracy {accuracy(average):.4f} "
+          f"after {len(schedule['epochs'])} epochs")
 
 
 if __name__ == "__main__":

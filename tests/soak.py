@@ -1,10 +1,10 @@
-"""Kills and damages whole runs, resumes them, and compares log.jsonl and best.pt byte by byte with
-those of an undisturbed run.
+"""Kills and damages whole runs and resumes them. Their log.jsonl and best.pt must have the same
+bytes as those of an undisturbed run.
 
     python -m tests.soak [--kills 50 --worker-kills 50 --damages 300 --seed 0]
 
-A run is a process that carries out `epbt.main`. It is forked from a server that has imported it, so
-that starting one takes no time. Other tests share these tools.
+A run is a process that carries out `epbt.main`. It is forked from a server that has imported epbt,
+so it starts at once. Other tests share these tools.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from records import begun
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["epbt", "report", "sklearn.datasets"])
-TIMEOUT = 180  # seconds, after which a run counts as hanging
-CALLS = 75  # about as many calls that change its folder as a run of TINY makes
+TIMEOUT = 180  # seconds after which a run counts as hanging
+CALLS = 75  # about how often a run of TINY changes its folder
 TINY = ("--dataset digits --model tests.soak:network --population 4 --generations 4 --epochs 1 "
         "--limit 200 --validation 40 --learning-rate 0.02 --loss-backend reference --workers 1 "
         "--device cpu").split()
@@ -38,13 +38,13 @@ PAIR = [*TINY, "--workers", "2"]
 
 
 def network(num_classes, in_channels):
-    """So small that a run's time goes to its files."""
+    """So small that a run spends its time on its files."""
     return nn.Sequential(nn.Conv2d(in_channels, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(),
                          nn.Flatten(), nn.Linear(36, num_classes))
 
 
 class Run:
-    """A process that carries out `epbt.main`; it calls `before` first, to prepare its end."""
+    """A process that carries out `epbt.main`. It calls `before` first, which can prepare a kill."""
 
     def __init__(self, job, folder, *options, before=None):
         self.output = folder.with_suffix(".out")
@@ -122,12 +122,12 @@ def descendants(ancestor):
 
 
 def workers_of(pid):
-    """Its children's children: a worker's parent is the server that forked it."""
+    """The workers of a run: they are its children's children, since a server forks them."""
     return sorted(child for child, parent in descendants(pid).items() if parent != pid)
 
 
 def die_at(call, after):
-    """Kill this process before or after the numbered one of the calls that change its folder."""
+    """Kill this process before or after the call, by number, of those that change its folder."""
     numbers = itertools.count()
 
     def deadly(function):
@@ -161,8 +161,8 @@ def undisturbed(job, folder):
 
 
 def complete(job, folder, expected):
-    """Resume a run, or start one that was killed before it began. Its result must be the expected
-    one, and nothing may be evaluated twice."""
+    """Resume a run, or start it again if it was killed before it began. The result must be the
+    expected one, and no individual may be evaluated twice."""
     before = {p: p.stat().st_mtime_ns for p in folder.glob("individuals/*.safetensors")}
     run = Run(job, folder, *resuming(folder))
     assert run.end() == 0, run.said()
@@ -171,12 +171,12 @@ def complete(job, folder, expected):
     assert not again, f"evaluated again: {again}"
 
 
-# Each is a function of an empty place, a random generator, the expected result and a number of
-# things to do. It raises AssertionError or returns a Counter of what happened.
+# Each test takes an empty folder, a random generator, the expected result, and how often to do
+# it. It raises AssertionError or returns a Counter of what happened.
 
 
 def kills(place, rng, expected, count):
-    """SIGKILL runs, some of them repeatedly: at random instants, or at changes of their files."""
+    """SIGKILL runs, some repeatedly: at random moments, or when they change a file."""
     folder, outcomes = place / "run", Counter()
     while outcomes["SIGKILL"] < count:
         inside = rng.random() < 0.5
@@ -215,7 +215,7 @@ def worker_kills(place, rng, expected, count):
 
 
 def damages(place, rng, expected, count):
-    """Damage one file of runs that were killed or have ended, then resume them."""
+    """Damage one file of a run that was killed or has ended, then resume the run."""
     outcomes = Counter()
     for i in range(count):
         folder = place / str(i)

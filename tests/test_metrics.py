@@ -1,4 +1,4 @@
-"""The fitness that people choose: hand-worked metrics, functions of one's own, and what is refused."""
+"""The fitness that people choose: metrics by hand, functions of their own, what is refused."""
 
 import warnings
 
@@ -26,16 +26,16 @@ def broken(logits, labels):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("accuracy", 6 / 8), ("balanced-accuracy", (3 / 4 + 1 / 2 + 1) / 3),
-    # precision 3/4, 1/2, 1; recall 3/4, 1/2, 1
-    ("f1-macro", (3 / 4 + 1 / 2 + 1) / 3),
+    ("accuracy", 6 / 8),
+    ("balanced-accuracy", (3 / 4 + 1 / 2 + 1) / 3),
+    ("f1-macro", (3 / 4 + 1 / 2 + 1) / 3),  # precision and recall are 3/4, 1/2, 1
 ])
 def test_metrics_by_hand(name, value):
     assert measured(name, LOGITS, LABELS) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("classes, images", [(2, 1), (7, 13), (1000, 300)])
-def test_metrics_are_those_of_scikit_learn_with_classes_missing_on_either_side(classes, images):
+def test_metrics_are_those_of_scikit_learn_also_where_classes_are_missing(classes, images):
     for seed in range(20):
         rng = torch.Generator().manual_seed(seed)
         logits = torch.randn(images, classes, generator=rng)
@@ -51,7 +51,8 @@ def test_metrics_are_those_of_scikit_learn_with_classes_missing_on_either_side(c
 
 @pytest.mark.parametrize("name, error, words", [
     ("acuracy", ConfigError, "accuracy"), ("json:nothing", ConfigError, "no callable 'nothing'"),
-    ("nowhere:f", ConfigError, "cannot import 'nowhere'"), ("json:loads", RunError, "raises TypeError"),
+    ("nowhere:f", ConfigError, "cannot import 'nowhere'"),
+    ("json:loads", RunError, "raises TypeError"),
     ("tests.test_metrics:broken", RunError, "finite number, higher is better, not nan"),
 ])
 def test_what_is_no_metric_costs_one_line(name, error, words):
@@ -61,34 +62,28 @@ def test_what_is_no_metric_costs_one_line(name, error, words):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("method", ["epbt", "pbt"])
-@pytest.mark.parametrize("fitness", ["balanced-accuracy", negative_loss])
-def test_a_run_is_selected_by_the_metric(method, fitness, tmp_path):
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (90, 1, 8, 8), dtype=np.uint8), np.arange(90) % 3
-    config = Config(method=method, model="resnet8", population=4, generations=2, epochs=1, batch_size=16,
-                    device="cpu", workers=1, threads=1, out=str(tmp_path / "run"), loss_backend="reference")
-    named = {"fitness": fitness} if callable(fitness) else {}
-    if not named:
-        config = Config(**{**vars(config), "fitness": fitness})
-    outcome = evolve(config, train=(images, labels), test=(images, labels), report=lambda line: None, **named)
-    best = outcome.summary["best"]
-    metric = METRICS.get(fitness, fitness)
-    assert best["fitness"] == outcome.summary["fitness"]
-    assert (best["fitness"] < 0) == (metric is negative_loss)
-    assert best["scores"].keys() == {"validation_accuracy", "test_fitness"}
-    scores = outcome.summary["test_scores"]
-    assert list(scores)[:3] == list(METRICS) and len(scores) == 3 + (metric is negative_loss)
-    name = fitness if fitness in METRICS else list(scores)[3]
-    assert best["scores"]["test_fitness"] == scores[name]
-
-
-def test_a_metric_of_ones_own_where_networks_diverge(tmp_path):
-    """Their logits are not finite, and so is the metric: they have no say, and the run goes on."""
-    images, labels = np.zeros((60, 1, 8, 8), np.uint8), np.arange(60) % 3
-    images += np.uint8(80) * labels[:, None, None, None].astype(np.uint8)
+def run(folder, fitness, **settings):
+    labels = np.arange(90) % 3
+    images = (80 * labels[:, None, None, None] * np.ones((1, 8, 8))).astype(np.uint8)
     config = Config(model="resnet8", population=4, generations=2, epochs=1, batch_size=16,
-                    learning_rate=1e30, device="cpu", workers=1, threads=1, out=str(tmp_path / "run"),
-                    loss_backend="reference")
-    outcome = evolve(config, train=(images, labels), test=(images, labels), fitness=negative_loss)
-    assert outcome.summary["best"]["diverged"] and outcome.summary["fitness"] == 0
+                    device="cpu", workers=1, threads=1, loss_backend="reference", out=str(folder),
+                    **{} if callable(fitness) else {"fitness": fitness}, **settings)
+    return evolve(config, train=(images, labels), test=(images, labels),
+                  fitness=fitness if callable(fitness) else None)
+
+
+@pytest.mark.parametrize("method, fitness", [("epbt", negative_loss), ("pbt", "balanced-accuracy")])
+def test_a_run_is_selected_by_the_metric(method, fitness, tmp_path):
+    summary = run(tmp_path / "run", fitness, method=method).summary
+    best, scores = summary["best"], summary["test_scores"]
+    assert best["fitness"] == summary["fitness"]
+    assert best["scores"].keys() == {"validation_accuracy", "test_fitness"}
+    own = callable(fitness)
+    assert (best["fitness"] < 0) == own and [*scores][:3] == [*METRICS] and len(scores) == 3 + own
+    assert best["scores"]["test_fitness"] == scores[[*scores][3] if own else fitness]
+
+
+def test_networks_that_diverge_have_no_fitness_and_the_run_goes_on(tmp_path):
+    """The metric of their logits is not finite."""
+    summary = run(tmp_path / "run", negative_loss, learning_rate=1e30).summary
+    assert summary["best"]["diverged"] and summary["fitness"] == 0

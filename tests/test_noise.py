@@ -1,24 +1,20 @@
-"""Wrong labels, and what is there because of them: known losses at the start, Baseline 1 stopped early."""
-
-from types import SimpleNamespace
+"""Wrong labels, and known losses at the start."""
 
 import numpy as np
 import pytest
 import torch
 
-from baselines import train_on
-from config import Config
 from data import DataError, make_data
 from evolution import SEARCH_SPACE, Variable, initialize, known_loss
-from records import Individual
 from taylorglo_ext.reference import reference_loss
 
 
 def numbered(n=2000, **options):
-    """Data of n images, each of which says its number in two pixels; its label is the last digit."""
+    """Data of n images. Two pixels of each have its number; its label is the last digit."""
     images, number = np.zeros((n, 1, 8, 8), dtype=np.uint8), np.arange(n)
     images[:, 0, 0, 0], images[:, 0, 7, 7] = number % 256, number // 256
-    return make_data((images, number % 10), (images[:50], number[:50] % 10), validation=n // 4, **options)
+    test = images[:50], number[:50] % 10
+    return make_data((images, number % 10), test, validation=n // 4, **options)
 
 
 def right(images):
@@ -33,9 +29,10 @@ def test_a_share_of_the_training_and_validation_labels_becomes_another_class(sha
     wrong = [(part.labels - right(part.images)) % 10 for part in (found.train, found.validation)]
     step = torch.cat(wrong)
     assert (step > 0).sum() == round(2000 * share)
-    assert (wrong[1] > 0).sum().item() == pytest.approx(500 * share, abs=40)  # 4 standard deviations: 35
+    assert (wrong[1] > 0).sum().item() == pytest.approx(500 * share, abs=40)  # 4 deviations: 35
     seen = torch.bincount(step, minlength=10)[1:].tolist()
-    assert seen == pytest.approx([2000 * share / len(steps) * (i in steps) for i in range(1, 10)], abs=60)
+    expected = [2000 * share / len(steps) * (i in steps) for i in range(1, 10)]
+    assert seen == pytest.approx(expected, abs=60)
     assert kind == "uniform" or sum(seen[1:]) == 0
     assert torch.equal(found.test.labels, right(found.test.images))
     clean = found.train_clean
@@ -45,59 +42,41 @@ def test_a_share_of_the_training_and_validation_labels_becomes_another_class(sha
 def test_wrong_labels_depend_on_the_seed_alone_and_copies_of_an_image_share_them():
     one, whole, other = (numbered(label_noise=0.4, **options) for options in (
         {}, dict(train_on_all=True, enlarge=3), dict(seed=1)))
-    labels = {i: label for part in (one.train, one.validation) for i, label in
-              zip(part.images.flatten(1).tolist(), part.labels.tolist(), strict=True) for i in [tuple(i)]}
-    for part in (whole.train, whole.validation):
-        assert [labels[tuple(i)] for i in part.images.flatten(1).tolist()] == part.labels.tolist()
+
+    def labelled(*parts):
+        return [(tuple(image), label) for part in parts for image, label in zip(
+            part.images.flatten(1).tolist(), part.labels.tolist(), strict=True)]
+
+    labels = dict(labelled(one.train, one.validation))
+    assert all(labels[i] == label for i, label in labelled(whole.train, whole.validation))
     assert len(whole.validation) == 3 * 500
-    theirs = zip(other.train.images.flatten(1).tolist(), other.train.labels.tolist(), strict=True)
-    assert any(labels[tuple(i)] != label for i, label in theirs)
+    assert any(labels[i] != label for i, label in labelled(other.train))
 
 
-@pytest.mark.parametrize("noise", [dict(label_noise=1), dict(label_noise=-0.1), dict(label_noise=float("nan")),
-                                   dict(label_noise=0.1, label_noise_kind="tree")])
+@pytest.mark.parametrize("noise", [
+    *(dict(label_noise=share) for share in (1, -0.1, float("nan"))),
+    dict(label_noise=0.1, label_noise_kind="tree")])
 def test_noise_that_cannot_be_is_one_line(noise):
-    with pytest.raises(DataError, match="^--label-noise.*at least 0 and below 1.*uniform or pair.*$"):
+    with pytest.raises(DataError, match="^--label-noise.*at least 0 and below 1.*uniform or pair"):
         numbered(**noise)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 100])
 def test_the_known_loss_is_the_second_order_expansion_of_cross_entropy(classes):
     theta = torch.tensor(list(known_loss(classes).values()), dtype=torch.float64)
-    logits = torch.randn(7, classes, generator=torch.Generator().manual_seed(classes), dtype=torch.float64)
+    rng = torch.Generator().manual_seed(classes)
+    logits = torch.randn(7, classes, generator=rng, dtype=torch.float64)
     labels = torch.arange(7) % classes
     missing = 1 - logits.softmax(1)[torch.arange(7), labels]
-    torch.testing.assert_close(reference_loss(logits, labels, theta), (missing + missing**2 / 2).mean())
+    expected = (missing + missing**2 / 2).mean()
+    torch.testing.assert_close(reference_loss(logits, labels, theta), expected)
 
 
 def test_so_many_individuals_start_from_what_is_known_as_far_as_it_is_evolved():
-    known = {**known_loss(10), "lr_scale": 1.0, "lr_decay": 50.0, "momentum": 0.9, "weight_decay": 0.1}
+    known = known_loss(10) | dict(lr_scale=1.0, lr_decay=50.0, momentum=0.9, weight_decay=0.1)
     plain, found = (initialize(SEARCH_SPACE, 5, np.random.default_rng(0), known, n) for n in (0, 2))
-    np.testing.assert_array_equal(found[:2], 2 * [[0, 1, 0, 0, 0, 10, -10, 0, 1, 10, 0.9]])  # the decay is clipped
-    np.testing.assert_array_equal(found[2:], plain[2:])
+    clipped = [0, 1, 0, 0, 0, 10, -10, 0, 1, 10, 0.9]  # lr_decay is
+    np.testing.assert_array_equal(found, [clipped, clipped, *plain[2:]])
     narrow = (Variable("theta5", -1, 1, clip=False), Variable("cutout", 0, 8))
     row, drawn = (initialize(narrow, 1, np.random.default_rng(0), known, n)[0] for n in (1, 0))
     assert row[0] == 10 and row[1] == drawn[1]
-
-
-def stop_early(fitness, log):
-    """Baseline 1 with early stopping whose generations have these fitnesses, going on after a log of (ids, elites)."""
-    everyone = [Individual(i, i, {}, None if i == 0 else i - 1, fitness=f) for i, f in enumerate(fitness)]
-
-    def evaluate(individuals):
-        assert [(m.id, m.parent) for m in individuals] == [(m.id, m.parent) for m in everyone if m.id == individuals[0].id]
-        return [everyone[individuals[0].id]]
-
-    run = SimpleNamespace(generations=len(log), population=[everyone[i] for i in log[-1][0]] if log else [])
-    run.record = lambda g, population, elites: log.append(([m.id for m in population], [m.id for m in elites]))
-    config = Config("digits", method="baseline", early_stopping=True, generations=len(fitness))
-    for _ in train_on(config, (), None, SimpleNamespace(evaluate=evaluate), run):
-        pass
-    return log
-
-
-def test_an_early_stopped_network_trains_on_and_keeps_its_best_generation_the_earlier_of_equals():
-    fitness = [0.2, 0.5, 0.5, 0.4, 0.6, 0.6]
-    whole = stop_early(fitness, [])
-    assert whole == [([0], [0]), ([1], [1]), ([1, 2], [1]), ([1, 3], [1]), ([4], [4]), ([4, 5], [4])]
-    assert stop_early(fitness, whole[:4]) == whole

@@ -1,4 +1,4 @@
-"""The pages say true things: links lead somewhere, choices name functions, commands and snippets are accepted."""
+"""The pages say true things: links lead somewhere, choices name functions, snippets are Python."""
 
 import ast
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "RESULTS.md", *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md"),
-                ROOT / "benchmarks" / "README.md"])
+PAGES = sorted(page for pattern in ("*.md", "docs/*.md", "results/*/README.md", "benchmarks/*.md")
+               for page in ROOT.glob(pattern))
 CHOICES = (ROOT / "docs" / "choices.md").read_text(encoding="utf-8")
 
 
@@ -19,8 +19,9 @@ def text(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere_and_snippets_are_python(page):
-    targets = {target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text(page)) if "://" not in target}
-    assert {target for target in targets if target and not (page.parent / target).exists()} == set()
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text(page))
+             if "://" not in link}
+    assert {link for link in links if link and not (page.parent / link).exists()} == set()
     for snippet in re.findall(r"```python\n(.*?)```", text(page), re.DOTALL):
         ast.parse(snippet)
 
@@ -30,12 +31,13 @@ def test_the_readme_is_short():
 
 
 def test_every_choice_that_the_code_marks_is_in_the_list_with_its_function():
-    named = {(file, function.strip()) for file, functions in re.findall(r"`([\w.]+\.py): ([^`]+)`", CHOICES)
-             for function in functions.split(",")}
+    named = [(file, function.strip()) for file, functions in re.findall(
+        r"`([\w.]+\.py): ([^`]+)`", CHOICES) for function in functions.split(",")]
     assert len(named) > 15
     for file, function in named:
         for part in function.split("."):
-            assert re.search(rf"^\s*((def|class) {part}\b|{part} = )", text(ROOT / file), re.MULTILINE), (file, function)
+            defined = rf"^\s*((def|class) {part}\b|{part} = )"
+            assert re.search(defined, text(ROOT / file), re.MULTILINE), (file, function)
     marked = {path.name for path in ROOT.glob("*.py") if "paper: unspecified" in text(path)}
     assert marked <= {file for file, _ in named}
 

@@ -11,7 +11,8 @@ from records import ancestry, read_log
 from replay import checked_schedule, read_schedule, replay_config
 from taylorglo_ext import label_smoothing, losses
 
-ALONE = "--limit 200 --validation 40 --workers 1 --threads 1 --loss-backend reference --device cpu".split()
+ALONE = ("--limit 200 --validation 40 --workers 1 --threads 1 --loss-backend reference "
+         "--device cpu").split()
 
 
 def member(id, parent, fitness, diverged=False):
@@ -36,7 +37,7 @@ def edited(finished, tmp_path):
     """Writes the schedule with other values, and returns its path."""
     def write(**values):
         path = tmp_path / "schedule.json"
-        path.write_text(json.dumps(json.loads((finished / "schedule.json").read_text()) | values))
+        path.write_text(json.dumps(read_schedule(finished) | values), encoding="utf-8")
         return path
     return write
 
@@ -47,9 +48,10 @@ def test_a_schedule_has_what_the_winner_was_trained_with_epoch_by_epoch(finished
     assert (found["side"], found["average_epochs"], found["plain_loss"]) == (8, 3, "cross-entropy")
     for i, ancestor in enumerate(line):
         h = ancestor["hyperparameters"]
-        for e, epoch in enumerate(found["epochs"][2 * i: 2 * i + 2]):
-            passed = sum(2 * ancestor["generation"] + e >= at for at in (2, 4, 5))  # 30, 60, 80% of 6
-            assert epoch["learning_rate"] == pytest.approx(0.1 * h["lr_scale"] / h["lr_decay"] ** passed)
+        for e, epoch in enumerate(found["epochs"][2 * i: 2 * i + 2], 2 * ancestor["generation"]):
+            passed = sum(e >= milestone for milestone in (2, 4, 5))  # 30, 60, 80% of 6
+            rate = 0.1 * h["lr_scale"] / h["lr_decay"] ** passed
+            assert epoch["learning_rate"] == pytest.approx(rate)
             assert epoch["momentum"] == h["momentum"]
             assert epoch["theta"] == [h[f"theta{j}"] for j in range(8)]
 
@@ -64,17 +66,10 @@ def test_a_replay_trains_one_network_under_the_stretched_schedule(finished, tmp_
         assert network["parent"] == (g - 1 if g else None)
         applied, then = network["applied"], epochs[g // 2]
         assert applied["learning_rate"] == pytest.approx([then["learning_rate"]])
-        assert {name: applied[name] for name in ("theta", "momentum", "weight_decay")} == {
-            name: then[name] for name in ("theta", "momentum", "weight_decay")}
+        assert all(applied[name] == then[name] for name in ("theta", "momentum", "weight_decay"))
 
 
-def test_a_cutout_keeps_its_share_of_the_image(edited, finished, pretend):
-    epoch = read_schedule(finished)["epochs"][0] | {"cutout": 16.0}
-    (line,) = pretend(Config(**replay_config(edited(side=32, epochs=[epoch])))).log
-    assert line["population"][0]["hyperparameters"]["cutout"] == 4  # of 8 pixels
-
-
-def test_a_schedule_brings_its_settings_and_another_data_set_may_be_named(edited, finished):
+def test_a_schedule_brings_its_settings_and_a_cutout_keeps_its_share(edited, finished, pretend):
     shared = dict(dataset="fashion", model="resnet20", batch_size=64, add_cross_entropy=True,
                   image_size=16, augmentation="flip")
     config = Config(**replay_config(edited(**shared)))
@@ -86,6 +81,14 @@ def test_a_schedule_brings_its_settings_and_another_data_set_may_be_named(edited
     plain = dict(plain_loss="label-smoothing", epochs=[epoch])
     assert Config(**replay_config(edited(**plain))).plain_loss == "label-smoothing"
     assert losses(read_schedule(edited(**plain))) == [label_smoothing]
+    (line,) = pretend(Config(**replay_config(edited(side=32, epochs=[epoch | {"cutout": 16}])))).log
+    assert line["population"][0]["hyperparameters"]["cutout"] == 4  # of 8 pixels
+
+
+def refused(capsys, *options):
+    with pytest.raises(SystemExit):
+        main([*map(str, options)])
+    return capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize("options, words", [
@@ -94,36 +97,36 @@ def test_a_schedule_brings_its_settings_and_another_data_set_may_be_named(edited
     ("--method pbt", ["--population must", "--method replay and --replay go together"]),
 ])
 def test_what_a_schedule_decides_is_no_option_of_its_replay(options, words, finished, capsys):
-    with pytest.raises(SystemExit):
-        main([*ALONE, "--replay", str(finished), *options.split()])
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.startswith(f"epbt.py: {word}") for line, word in zip(lines, words, strict=True)] == [True] * len(words)
+    lines = refused(capsys, *ALONE, "--replay", finished, *options.split())
+    assert len(lines) == len(words)
+    for line, start in zip(lines, words, strict=True):
+        assert line.startswith(f"epbt.py: {start}")
 
 
-def test_a_config_that_is_not_its_schedules_is_refused_and_a_resumed_replay_notices_another(edited, tmp_path, capsys):
-    path = edited(epochs=[dict(learning_rate=0.1, momentum=0.9, weight_decay=0, cutout=0, theta=None)])
-    with pytest.raises(ConfigError, match="--learning-rate is decided by the schedule of --replay: not 0.2"):
-        checked_schedule(Config("digits", method="replay", replay=str(path), learning_rate=0.2, loss="cross-entropy"))
+def test_a_replay_refuses_a_config_that_is_not_the_schedules(edited, tmp_path, capsys):
+    epoch = dict(learning_rate=0.1, momentum=0.9, weight_decay=0, cutout=0, theta=None)
+    path = edited(epochs=[epoch])
+    other = Config(**replay_config(path) | dict(dataset="digits", learning_rate=0.2))
+    with pytest.raises(ConfigError, match="--learning-rate is decided by .* --replay: not 0.2"):
+        checked_schedule(other)
     main([*ALONE, "--replay", str(path), "--out", str(tmp_path / "run")])
-    edited(epochs=[dict(learning_rate=0.1, momentum=0.8, weight_decay=0, cutout=0, theta=None)])
-    with pytest.raises(SystemExit):
-        main(["--resume", "--out", str(tmp_path / "run")])
-    assert "schedule is" in capsys.readouterr().err
+    edited(epochs=[epoch | {"momentum": 0.8}])
+    assert "schedule is" in refused(capsys, "--resume", "--out", tmp_path / "run")[-1]
 
 
 @pytest.mark.parametrize("content", [
-    "", "{}", "[]", '{"epochs": []}', '{"epochs": [{"learning_rate": 1}]}', *(dict(epochs=[epoch]) for epoch in (
+    "", "{}", "[]", '{"epochs": []}', '{"epochs": [{"learning_rate": 1}]}',
+    *(dict(epochs=[epoch]) for epoch in (
         dict(learning_rate=-1), dict(learning_rate=float("nan")), dict(learning_rate="1"),
         dict(momentum=2), dict(theta=[1]))),
     dict(model=5), dict(dataset=None), dict(batch_size="8"), dict(side=0), dict(average_epochs=-1),
     dict(plain_loss="smooth"),
 ])
 def test_what_is_not_a_schedule_is_refused_in_one_line(content, edited, finished):
-    path = edited()
-    if isinstance(content, dict):
-        good = read_schedule(finished)["epochs"][0]
-        path = edited(**{name: [good | value[0]] if name == "epochs" else value for name, value in content.items()})
+    if isinstance(content, str):
+        (path := edited()).write_text(content, encoding="utf-8")
     else:
-        path.write_text(content)
+        good = read_schedule(finished)["epochs"][0]
+        path = edited(**content | {"epochs": [good | e for e in content.get("epochs", [{}])]})
     with pytest.raises(RunError, match="is not the schedule of a finished run"):
         read_schedule(path)
