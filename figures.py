@@ -82,9 +82,8 @@ def zoom(lines):
 
 
 def over_noise(levels, name):
-    """Three lists for a row: shares of wrong labels, and mean and standard deviation of the
-    accuracy there."""
-    points = [(100 * noise, np.mean(x), np.std(x, ddof=min(1, len(x) - 1)))
+    """The shares of wrong labels of a row, and the mean and standard error of its accuracy there."""
+    points = [(100 * noise, np.mean(x), np.std(x, ddof=min(1, len(x) - 1)) / len(x) ** 0.5)
               for noise, rows in levels.items() if (x := [*final(rows.get(name, [])).values()])]
     return list(zip(*points, strict=True))
 
@@ -221,7 +220,7 @@ def compared_figures(problems):
              for problem, levels in problems.items() if len(levels) > 1}
     if lines:
         figures["noise"] = figure_lines(lines, "wrong labels (%)", "test accuracy (%)",
-                                        "mean and standard deviation over the seeds")
+                                        "mean and standard error over the seeds")
     return figures
 
 
