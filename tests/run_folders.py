@@ -1,4 +1,5 @@
-"""Writes run folders as epbt.py does, for the tests of the code that reads them."""
+"""Writes run folders as epbt.py does, for the tests of the code that reads them; and reads their
+JSON files."""
 
 import json
 
@@ -13,6 +14,10 @@ def member(id, generation, accuracy, parent=None, **more):
     return dict(id=id, generation=generation, hyperparameters={}, parent=parent, mate=None,
                 teacher=None, fitness=accuracy, test_accuracy=accuracy, loss=1.0, diverged=False,
                 elite=False) | {"applied": applied | more.pop("applied", {})} | more
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def alone(*accuracies, **more):

@@ -1,6 +1,5 @@
 """Baseline 1 against a plain PyTorch loop, and PBT against its rules worked out by hand."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +15,7 @@ from data import load_data
 from evolution import Variable, random_stream
 from models import make_model
 from records import Individual, read_log
+from tests.run_folders import read_json
 
 SPACE = (Variable("a", 1e-3, 1.0, log=True), Variable("b", 0.0, 10.0))
 # Best to worst: 1 5 3 7 0 4 6 2. Of eight, the quarters are 1 5 and 6 2.
@@ -102,10 +102,6 @@ def test_pbt_on_real_networks(run_epbt):
     assert follows(read_log(run_epbt("--method", "pbt", "--population", "5")), 5, 1)
 
 
-def read(folder, name):
-    return json.loads((folder / name).read_text(encoding="utf-8"))
-
-
 def stop_early(fitness, log):
     """Baseline 1 with early stopping, with these fitnesses by generation. It goes on after a log of
     (ids, ids of elites)."""
@@ -138,11 +134,11 @@ def test_the_best_generation_of_an_early_stopped_network_is_delivered(run_epbt):
                       for options in (("--early-stopping", "--learning-rate", "0.3"), ()))
     everyone = [m for line in read_log(stopped) for m in line["population"]]
     best = max(everyone, key=lambda m: (m["fitness"], -m["id"]))["id"]
-    assert read(stopped, "summary.json")["best"]["id"] == best
-    assert len(read(stopped, "schedule.json")["epochs"]) == best + 1
+    assert read_json(stopped / "summary.json")["best"]["id"] == best
+    assert len(read_json(stopped / "schedule.json")["epochs"]) == best + 1
     assert all("memorised" in m["scores"] for m in everyone)
     # The plain one trains on the validation images too.
-    assert read(stopped, "config.json")["data"] != read(plain, "config.json")["data"]
+    assert read_json(stopped / "config.json")["data"] != read_json(plain / "config.json")["data"]
 
 
 def test_baseline_1_is_a_plain_training_loop(run_epbt, one_thread):
@@ -171,7 +167,7 @@ def test_baseline_1_is_a_plain_training_loop(run_epbt, one_thread):
         torch.testing.assert_close(trained[name], expected, rtol=1e-5, atol=1e-6)
     predicted = model.eval()(normalize(data.test.images, data.mean, data.std)).argmax(1)
     accuracy = (predicted == data.test.labels).float().mean().item()
-    assert read(folder, "summary.json")["test_accuracy"] == pytest.approx(accuracy, abs=0.003)
+    assert read_json(folder / "summary.json")["test_accuracy"] == pytest.approx(accuracy, abs=0.003)
     everyone = [m for line in read_log(folder) for m in line["population"]]
     assert [(m["id"], m["parent"], m["hyperparameters"]) for m in everyone] == [
         (0, None, {}), (1, 0, {}), (2, 1, {})]

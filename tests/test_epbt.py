@@ -1,7 +1,6 @@
 """Algorithm 1 on pretended and on real networks, and the command line."""
 
 import io
-import json
 import os
 import re
 import signal
@@ -29,6 +28,7 @@ from outcome import formula
 from records import load_individual, read_log
 from taylorglo_ext.reference import reference_loss
 from tests.conftest import TINY
+from tests.run_folders import read_json
 from tests.test_published import write_cifar10, write_svhn
 
 ROOT = Path(__file__).parents[1]
@@ -36,10 +36,6 @@ ROOT = Path(__file__).parents[1]
 
 def config(**settings):
     return Config("cifar10", **{"population": 8, "generations": 21, **settings})
-
-
-def read(folder, name):
-    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def follows(log, population, elites):
@@ -158,7 +154,7 @@ def test_a_real_run_follows_the_rules_and_delivers_and_prints_what_was_measured(
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         folder = run_epbt("--generations", "4", "--pulsation-period", "1")
-    log, summary = read_log(folder), read(folder, "summary.json")
+    log, summary = read_log(folder), read_json(folder / "summary.json")
     assert follows(log, 4, 2)
     best = max(log[-1]["population"], key=lambda m: (m["fitness"], -m["id"]))
     assert {**best, **summary["best"]} == best and "delivered_test_accuracy" not in summary
@@ -215,8 +211,8 @@ def test_a_variable_more_is_evolved_recorded_and_drawn(run_epbt, monkeypatch):
              if m["generation"] == line["generation"]} for line in read_log(folder)]
     assert all(1e-5 <= x <= 1e-2 for x in set().union(*born)) and max(born[0]) / min(born[0]) > 2
     assert all(new - set().union(*born[:g]) for g, new in enumerate(born))  # new ones each time
-    best = read(folder, "summary.json")["best"]["hyperparameters"]["weight_decay"]
-    assert read(folder, "schedule.json")["epochs"][-1]["weight_decay"] == best
+    best = read_json(folder / "summary.json")["best"]["hyperparameters"]["weight_decay"]
+    assert read_json(folder / "schedule.json")["epochs"][-1]["weight_decay"] == best
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"<td>weight decay</td><td>{best:.4g}</td>" in page
 
@@ -228,7 +224,7 @@ def test_the_papers_protocols_run_for_two_generations(name, write, tmp_path, mon
     main(["--dataset", name, "--data-root", str(tmp_path / "data"), "--out", str(tmp_path / "run"),
           *"--model resnet8 --population 4 --generations 2 --validation 20 --workers 1 "
           "--loss-backend reference --device cpu".split()])
-    assert read(tmp_path / "run", "summary.json")["epochs_trained"] == 6 * Config(name).epochs
+    assert read_json(tmp_path / "run" / "summary.json")["epochs_trained"] == 6 * Config(name).epochs
     assert follows(read_log(tmp_path / "run"), 4, 2)
 
 

@@ -1,7 +1,6 @@
 """The examples, run as a reader runs them, in an empty folder."""
 
 import html
-import json
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ from torchvision.models import resnet18
 
 from config import Config
 from examples import noisy_labels
+from tests.run_folders import read_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,15 +34,11 @@ def accuracies(text):
     return [float(x) for x in re.findall(r"test accuracy .*?(\d\.\d+)", text)]
 
 
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def test_own_model_and_data_and_an_own_loop_under_the_schedule(tmp_path):
     # The second example carries out the first where that has not been done.
     printed = run(tmp_path, sys.executable, "-m", "examples.replay_schedule")
     folder = tmp_path / "runs" / "own-model"
-    summary, schedule = (read(folder / name) for name in ("summary.json", "schedule.json"))
+    summary, schedule = (read_json(folder / name) for name in ("summary.json", "schedule.json"))
     *_, by_hand, loaded, replayed = accuracies(printed)
     expected = summary["test_accuracy"]
     assert by_hand == pytest.approx(expected, abs=0.003)  # by an image, where the run was on a GPU
@@ -70,7 +66,7 @@ def test_a_script_outside_the_repository_and_a_replay_of_its_schedule(tmp_path):
     run(tmp_path, sys.executable, ROOT / "epbt.py", *"--replay runs/mine --dataset digits "
         "--generations 1 --limit 200 --validation 50 --out runs/replay".split())
     for name, method in (("mine", "epbt"), ("replay", "replay")):
-        summary = read(tmp_path / "runs" / name / "summary.json")
+        summary = read_json(tmp_path / "runs" / name / "summary.json")
         assert (summary["method"], summary["model"]) == (method, "mine:make_model")
 
 
@@ -79,7 +75,7 @@ def test_wrong_labels_in_small(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(noisy_labels, "Config", lambda **given: Config(**given | small))
     noisy_labels.main()
-    summary = read(tmp_path / "runs" / "noisy-epbt" / "summary.json")
+    summary = read_json(tmp_path / "runs" / "noisy-epbt" / "summary.json")
     assert f"EPBT {summary['test_accuracy']:.1%}" in capsys.readouterr().out
 
 
@@ -89,7 +85,7 @@ def test_a_folder_of_images_and_a_model_of_torchvision(tmp_path):
     for name in ("pictures", "pictures-replay"):
         folder, model = tmp_path / "runs" / name, resnet18(num_classes=10)
         model.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
-        names = read(folder / "summary.json")["class_names"]
+        names = read_json(folder / "summary.json")["class_names"]
         assert names == [f"digit {i}" for i in range(10)]
     assert accuracies(printed)[-1] > 0.3
     tables = (tmp_path / "runs/pictures/compared/README.md").read_text(encoding="utf-8")
@@ -109,7 +105,7 @@ def test_the_notebook(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, resources=resources).execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
     text, folder = nbformat.writes(notebook), tmp_path / "runs" / "quickstart"
-    summary = read(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     once, twice = re.findall(r"(\d+\.\d+)%", re.search("test accuracy .*?by hand: .*?%", text)[0])
     assert once == twice == f"{summary['test_accuracy']:.2%}"[:-1]
     (page,) = [o.data["text/html"] for o in outputs if "<iframe" in str(o)]
