@@ -23,7 +23,7 @@ def command_line(arguments, description):
     arguments = sys.argv[1:] if arguments is None else arguments
     typed = [a for a in arguments if a not in ("-h", "--help")]
     first = parsed(Config(), typed)
-    named = {name: getattr(first, name) for name in ("dataset", "preset")
+    named = {name: getattr(first, name) for name in ("dataset", "preset", "method")
              if any(a.split("=")[0] == f"--{name}" for a in typed)}
     start = replay_config(first.replay) if first.replay else {"dataset": "digits"}
     start, stored = Config(**start | named), {}

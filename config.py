@@ -20,8 +20,9 @@ Positive = Annotated[float, LEAST, MOST]
 class Config:
     """All that determines a run. The values below are those of Sec. 4.1: CIFAR-10, ResNet-32.
 
-    A field that is not given has the preset's value, else the data set's, else the one below.
-    Raises ConfigError for an unknown name; `check` checks the values."""
+    A field that is not given has the preset's value, else the data set's, else the one below. The
+    data set's preset is for EPBT alone. Raises ConfigError for an unknown name; `check` checks the
+    values."""
 
     # The experiment.
     method: Literal["epbt", "pbt", "baseline", "random", "replay"] = "epbt"
@@ -129,6 +130,8 @@ class Config:
 
     def __init__(self, dataset="custom", **given):
         defaults = {f.name: f.default for f in fields(Config)} | DATA_SETS.get(dataset, OWN)
+        if given.get("method", "epbt") != "epbt":
+            defaults["preset"] = "paper"
         preset = PRESETS.get(given.get("preset", defaults["preset"]), {})
         values = defaults | preset | given | {"dataset": dataset}
         if values["method"] in ("baseline", "replay"):
@@ -180,12 +183,12 @@ class Config:
 
 RUNTIME = ("workers", "backend", "ray_address", "no_graphs", "data_root", "download", "out",
            "resume", "overwrite", "tensorboard", "plan")
-OWN = dict(preset="known", validation=0.1, enlarge=1, augmentation="auto")  # any other data
+OWN = dict(preset="best", validation=0.1, enlarge=1, augmentation="auto")  # any other data
 DATA_SETS = {
     "cifar10": {},
     "svhn": dict(validation=30_000, enlarge=1, augmentation="none", epochs=1, generations=40,
                  milestones=(0.5, 0.75), lr_decay=10.0),  # Sec. 4.2
-    "fashion": dict(preset="known", model="resnet8", validation=5_000, enlarge=1, epochs=1,
+    "fashion": dict(preset="best", model="resnet8", validation=5_000, enlarge=1, epochs=1,
                     augmentation="flip shift=2 cutout=8", population=8, generations=12),
     "digits": dict(preset="known", model="resnet8", validation=240, enlarge=1, epochs=4,
                    augmentation="none", batch_size=64, population=12, generations=15),

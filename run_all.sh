@@ -41,9 +41,10 @@ case $scale in
         second="--dataset svhn --download --model resnet32" ;;
     small)  # with one thread the numbers are the same on any count of cores
         seeds="1 2 3"
-        first="--dataset digits --threads 1 --model resnet8 --population 8 --generations 8 --epochs 2"
-        wide="wrn-10-1 wrn-16-1"; wide_data="--dataset digits --threads 1 --population 6 --generations 5 --epochs 1"
-        second="--dataset digits --threads 1 --model resnet20 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
+        first="--dataset digits --preset paper --threads 1 --model resnet8 --population 8 --generations 8 --epochs 2"
+        wide="wrn-10-1 wrn-16-1"
+        wide_data="--dataset digits --preset paper --threads 1 --population 6 --generations 5 --epochs 1"
+        second="--dataset digits --preset paper --threads 1 --model resnet20 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
     *) echo "SCALE must be paper or small, not $scale" >&2; exit 2 ;;
 esac
 seeds=${SEEDS:-$seeds}
@@ -132,8 +133,8 @@ noise_fashion() {
     data+=" --population 12 --generations 15 --epochs 4 --threads 1 --label-noise 0.4"
     experiment baseline-0.4           --method baseline $data
     experiment gce-early-stopping-0.4 --method baseline $data --loss generalized-cross-entropy --early-stopping
-    experiment epbt-0.4               --method epbt $data
-    experiment epbt-cross-entropy-0.4 --method epbt $data --loss cross-entropy
+    experiment epbt-0.4               --method epbt $data --preset known
+    experiment epbt-cross-entropy-0.4 --method epbt $data --preset known --loss cross-entropy
     experiment pbt-0.4                --method pbt $data
     against="epbt" draw noise-fashion baseline-0.4 gce-early-stopping-0.4 pbt-0.4 epbt-0.4 epbt-cross-entropy-0.4
 }
@@ -220,7 +221,7 @@ fashion_runs() {
 
 fashion() {
     fashion_runs
-    experiment epbt     --method epbt $fashion_data
+    experiment epbt     --method epbt $fashion_data --preset paper
     experiment random   --method random $fashion_data
     draw fashion baseline pbt random epbt best replay
 }
@@ -263,7 +264,7 @@ digits() {
     local protocol="--dataset digits --threads 1 --population 40 --generations 25 --epochs 8"
     scale=digits
     experiment baseline --method baseline $protocol
-    experiment epbt     --method epbt $protocol
+    experiment epbt     --method epbt $protocol --preset paper
     experiment best     --method epbt $protocol --preset best
     experiment pbt      --method pbt $protocol
     draw digits baseline epbt best pbt

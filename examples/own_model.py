@@ -40,7 +40,7 @@ def digits():
 
 def main():
     train, test = digits()
-    config = Config(preset="best", population=8, generations=8, epochs=1, out=RUN, overwrite=True)
+    config = Config(population=8, generations=8, epochs=1, out=RUN, overwrite=True)
     # Evolve weight decay too, beside the loss, the learning rate and the momentum.
     space = (*config.search_space(), Variable("weight_decay", 1e-5, 1e-2, log=True))
     outcome = evolve(config, SmallNet, train, test, space)

@@ -46,8 +46,11 @@ def test_the_baselines_of_sec_4_1_and_the_numbers_of_sec_5_2():
 
 def test_what_is_given_comes_before_the_preset_the_data_set_and_the_default():
     names = "digits", "fashion", "pictures", "cifar10"
-    assert [Config(name).known_losses for name in names] == [2, 2, 2, 0]
-    assert [Config(name, preset="paper").known_losses for name in names] == [0, 0, 0, 0]
+    assert [Config(name).preset for name in names] == ["known", "best", "best", "paper"]
+    assert [Config(name).known_losses for name in names] == [2, 0, 0, 0]
+    assert Config("digits", preset="paper").known_losses == 0
+    for method in ("baseline", "pbt", "random"):  # the data set's preset is EPBT's alone
+        assert Config("fashion", method=method).milestones == Config("cifar10").milestones
     best = Config("cifar10", preset="best")
     assert {name: getattr(best, name) for name in PRESETS["best"]} == PRESETS["best"]
     assert best.k == 10 and best.generations == 25
@@ -65,8 +68,8 @@ def test_the_search_space_of_each_preset():
         ("lr_scale", 1, 10), ("lr_decay", 1, 10), ("momentum", 0.8, 0.97), ("cutout", 0, 16)]
     assert {(v.low, v.high) for v in best[:8]} == {(-1, 1)}
     assert Config("cifar10", evolve_cutout=True).search_space(0) == SEARCH_SPACE  # there is none
-    assert Config(loss="label-smoothing").search_space() == SEARCH_SPACE[8:]
-    assert Config(evolve_cutout=True).search_space(3)[-1] == Variable("cutout", 0, 3)
+    assert Config("digits", loss="label-smoothing").search_space() == SEARCH_SPACE[8:]
+    assert Config("digits", evolve_cutout=True).search_space(3)[-1] == Variable("cutout", 0, 3)
 
 
 @pytest.mark.parametrize("given, k, m", [
@@ -74,7 +77,7 @@ def test_the_search_space_of_each_preset():
     (dict(population=5, elites=4), 4, 5), (dict(population=40, elites=0.25), 10, 15),
     (dict(population=40, elites=10, novelty_candidates=3), 10, 30)])
 def test_elites_and_candidates(given, k, m):
-    config = Config(**given)
+    config = Config("digits", **given)
     assert (config.k, config.m) == (k, m)
     check(config)
 

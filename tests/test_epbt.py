@@ -293,7 +293,7 @@ def test_several_mistakes_are_told_at_once(capsys):
     ("--dataset svhn --preset best --high-rates --out= --workers 0",
      "epbt, preset best, of resnet32 on svhn: 1210 "),
     ("--method baseline --population 9 --limit 0",
-     "baseline, preset known, of resnet8 on digits: 15 evaluations"),
+     "baseline, preset paper, of resnet8 on digits: 15 evaluations"),
 ])
 def test_a_plan_tells_the_cost_without_the_data(arguments, words, capsys):
     main([*arguments.split(), "--plan"])

@@ -94,7 +94,7 @@ def refused(capsys, *options):
 @pytest.mark.parametrize("options, words", [
     ("--learning-rate 0.01 --weight-decay 0.1", ["--learning-rate is", "--weight-decay is"]),
     ("--loss cross-entropy --add-cross-entropy", ["--loss is", "--add-cross-entropy is"]),
-    ("--method pbt", ["--population must", "--method replay and --replay go together"]),
+    ("--method pbt", ["--method replay and --replay go together"]),
 ])
 def test_what_a_schedule_decides_is_no_option_of_its_replay(options, words, finished, capsys):
     lines = refused(capsys, *ALONE, "--replay", finished, *options.split())
