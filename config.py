@@ -30,7 +30,7 @@ class Config:
     networks with random learning rates; replay: one network under the schedule of --replay"""
     preset: Literal["paper", "known", "best"] = "paper"
     """paper: as published; known: two of the first individuals have a loss that is known to learn;
-    best: what helped on clean Fashion-MNIST. PRESETS in config.py lists the changes"""
+    best: what helped on Fashion-MNIST. PRESETS in config.py lists the changes"""
     dataset: str = "cifar10"
     """digits, fashion, fashion-long-tail, cifar10, svhn, or a folder with one subfolder a class"""
     model: str = "resnet32"
