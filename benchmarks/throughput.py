@@ -50,7 +50,13 @@ from workers import Workers, keep_freed_memory
 
 CHILDREN = 4
 SMALL = dict(
-    dataset="fashion", model="resnet8", limit=2000, validation=500, epochs=1, generations=1000
+    dataset="fashion",
+    preset="paper",
+    model="resnet8",
+    limit=2000,
+    validation=500,
+    epochs=1,
+    generations=1000,
 )
 PAPER_MODELS = "resnet32", "wrn-10-12", "wrn-16-8", "wrn-22-6", "wrn-28-5"
 
