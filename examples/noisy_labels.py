@@ -28,7 +28,7 @@ def main():
     shared = dict(model="resnet8", batch_size=64, generations=10, epochs=4, seed=1, overwrite=True)
     baseline = Config(method="baseline", out="runs/noisy-baseline", **shared)
     alone = evolve(baseline, train=train, test=test)
-    # The preset "known" withstands wrong labels best; other data begin with "best".
+    # On the digits "known" withstands wrong labels better than the default preset, "best".
     epbt = Config(preset="known", population=12, out="runs/noisy-epbt", **shared)
     evolved = evolve(epbt, train=train, test=test)
     print(f"\nBaseline 1 {alone.summary['test_accuracy']:.1%}, "
