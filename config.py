@@ -130,7 +130,7 @@ class Config:
 
     def __init__(self, dataset="custom", **given):
         defaults = {f.name: f.default for f in fields(Config)} | DATA_SETS.get(dataset, OWN)
-        if given.get("method", "epbt") != "epbt":
+        if given.get("method", defaults["method"]) != "epbt":
             defaults["preset"] = "paper"
         preset = PRESETS.get(given.get("preset", defaults["preset"]), {})
         values = defaults | preset | given | {"dataset": dataset}

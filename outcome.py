@@ -83,12 +83,13 @@ def finish(config, folder, data, report):
     return outcome
 
 
-def formula(t):
-    """Eq. 2 with the numbers of theta as text; x is the label and y the softmax."""
+def formula(t, add_cross_entropy=False):
+    """A loss as text: Eq. 2 with the numbers of theta; x is the label and y the softmax."""
     a, b = f"(y {0 - t[1]:+.3g})", f"(x {0 - t[0]:+.3g})"
     factors = t[2], t[3] / 2, t[4] / 6, t[5], t[6] / 2, t[7] / 2
     terms = zip(factors, (a, a + "^2", a + "^3", b + a, b + a + "^2", b + "^2" + a), strict=True)
-    return "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"
+    text = "L = -1/n sum [" + " ".join(f"{c:+.3g} {term}" for c, term in terms) + "]"
+    return text + " + cross-entropy" * add_cross_entropy
 
 
 def print_outcome(config, summary):
@@ -101,6 +102,6 @@ def print_outcome(config, summary):
     if h:
         print("hyperparameters: " + ", ".join(f"{name} {x:.4g}" for name, x in h.items()))
     if "theta0" in h:
-        print(formula(best["applied"]["theta"]) + " + cross-entropy" * config.add_cross_entropy)
+        print(formula(best["applied"]["theta"], config.add_cross_entropy))
     print(f"{summary['evaluations']} evaluations, {summary['epochs_trained']} epochs trained")
     print(f"weights, log, schedule, figures and report.html are in {config.out}")

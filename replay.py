@@ -62,7 +62,7 @@ def replay_fields(found, path):
     """The fields of the config that replays a schedule: one generation for each epoch."""
     evolved = any(epoch["theta"] for epoch in found["epochs"])
     return {name: found[name] for name in SHARED} | dict(
-        method="replay", preset="paper", replay=str(path), epochs=1, milestones=(),
+        method="replay", replay=str(path), epochs=1, milestones=(),
         generations=len(found["epochs"]), average_weights=found["average_epochs"],
         loss="taylorglo" if evolved else found["plain_loss"])
 

@@ -41,10 +41,10 @@ case $scale in
         second="--dataset svhn --download --model resnet32" ;;
     small)  # with one thread the numbers are the same on any count of cores
         seeds="1 2 3"
-        first="--dataset digits --preset paper --threads 1 --model resnet8 --population 8 --generations 8 --epochs 2"
-        wide="wrn-10-1 wrn-16-1"
-        wide_data="--dataset digits --preset paper --threads 1 --population 6 --generations 5 --epochs 1"
-        second="--dataset digits --preset paper --threads 1 --model resnet20 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
+        small="--dataset digits --preset paper --threads 1"
+        first="$small --model resnet8 --population 8 --generations 8 --epochs 2"
+        wide="wrn-10-1 wrn-16-1"; wide_data="$small --population 6 --generations 5 --epochs 1"
+        second="$small --model resnet20 --population 6 --generations 10 --epochs 1 --milestones 0.5 0.75" ;;
     *) echo "SCALE must be paper or small, not $scale" >&2; exit 2 ;;
 esac
 seeds=${SEEDS:-$seeds}
@@ -110,8 +110,8 @@ noise_runs() {  # noise_runs SHARE OPTIONS: the methods on one data set with a s
     experiment gce-early-stopping-$share --method baseline "${options[@]}" --loss generalized-cross-entropy --early-stopping
     experiment label-smoothing-$share --method baseline "${options[@]}" --loss label-smoothing
     experiment pbt-$share            --method pbt "${options[@]}"
-    experiment epbt-$share           --method epbt "${options[@]}"
-    experiment epbt-cross-entropy-$share --method epbt "${options[@]}" --loss cross-entropy
+    experiment epbt-$share           --method epbt "${options[@]}" --preset known
+    experiment epbt-cross-entropy-$share --method epbt "${options[@]}" --preset known --loss cross-entropy
     experiment epbt-published-$share --method epbt "${options[@]}" --preset paper
     replays replay-$share epbt-$share "${options[@]}"
 }
@@ -143,7 +143,7 @@ scale() {
     local data="--dataset fashion --download --generations 25 --epochs 1 --population 8 --precision bfloat16 --threads 1"
     scale=scale seeds=${SEEDS:-1}
     experiment baseline       --method baseline $data
-    experiment epbt           --method epbt $data
+    experiment epbt           --method epbt $data --preset best
     experiment epbt-published --method epbt $data --preset paper
     experiment pbt            --method pbt $data
     draw scale baseline pbt epbt epbt-published

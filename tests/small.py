@@ -86,8 +86,8 @@ def data(test=None, **given):
 
 
 def configured(model="Small", **given):
-    tiny = dict(preset="known", seed=1, generations=4, epochs=2, batch_size=36, milestones=(3 / 8,), device="cpu",
-                loss_backend="reference", layout="channels-last", threads=1)
+    tiny = dict(preset="known", seed=1, generations=4, epochs=2, batch_size=36, milestones=(3 / 8,),
+                device="cpu", loss_backend="reference", layout="channels-last", threads=1)
     model = f"test_training:{model}" if model[0].isupper() else model  # else it has its module
     return Config(model=model, **tiny | given)
 
