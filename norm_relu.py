@@ -27,9 +27,8 @@ def fits(bn, x, shortcut):
     """Whether the kernels do what `bn` would. They need a BatchNorm2d in training, with weight,
     bias, running statistics and momentum; and x channels last on a GPU, with channels that fill
     whole vectors of 16 bytes."""
-    if not (x.is_cuda and type(bn) is nn.BatchNorm2d and bn.training and bn.affine
-            and bn.track_running_stats and bn.momentum is not None
-            and taylorglo_ext.is_fused("cuda")):
+    if not (has_kernels(x.device) and type(bn) is nn.BatchNorm2d and bn.training and bn.affine
+            and bn.track_running_stats and bn.momentum is not None):
         return False
     hooks = bn._forward_hooks, bn._forward_pre_hooks, bn._backward_hooks, bn._backward_pre_hooks
     tensors = bn.weight, bn.bias, bn.running_mean, bn.running_var
@@ -39,6 +38,10 @@ def fits(bn, x, shortcut):
             and all(t.dtype == torch.float32 and t.device == x.device for t in tensors)
             and (shortcut is None or (shortcut.shape == x.shape and shortcut.dtype == x.dtype
                                       and shortcut.device == x.device)))
+
+
+def has_kernels(device):
+    return device.type == "cuda" and taylorglo_ext.is_fused("cuda")
 
 
 class NormRelu(torch.autograd.Function):

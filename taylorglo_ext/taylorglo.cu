@@ -25,6 +25,9 @@ constexpr int kMostThreads =
 template <typename T>
 constexpr int kMostWarpThreads = sizeof(T) == 8 ? 128 : 512;  // where rows belong to warps
 constexpr int kMostColumns = 512;  // 48 KB hold their columns
+template <typename T, bool kTeacher>  // where a row belongs to a block
+constexpr int kMostRowThreads =
+    kTeacher ? std::min(kMostColumns, kMostThreads<T>) : kMostThreads<T>;
 
 enum class Scope { kWarpRows, kBlockRow, kLongRow };
 
@@ -438,22 +441,27 @@ __global__ void __launch_bounds__(1024)
 
 template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope = Scope::kWarpRows,
           typename scalar_t>
-void start(const Problem<scalar_t>& p, int threads, int processors, cudaStream_t stream) {
+void start(const Problem<scalar_t>& p, int processors, cudaStream_t stream) {
+  using T = Accumulate<scalar_t>;
+  int threads;
   if constexpr (kScope == Scope::kWarpRows) {
     // If one block is enough, it has no other to wait for.
-    constexpr int kMost = kMostWarpThreads<Accumulate<scalar_t>>;
+    constexpr int kMost = kMostWarpThreads<T>;
     const int64_t wanted = p.rows * kLanes;
     threads = wanted > int64_t(processors) * 1024 ? std::min(kMost, 256) : std::min(kMost, 128);
     if (wanted <= kMost) {
       for (threads = kWarp; threads < wanted;) threads *= 2;
     }
+  } else {
+    threads = 2 * kWarp;
+    while (threads < kMostRowThreads<T, kTeacher> && threads * kNumbers < p.classes) threads *= 2;
   }
   const int64_t block_rows = kScope == Scope::kWarpRows ? threads / kLanes : 1;
   const int64_t resident = int64_t(processors) * 1024 / threads;
   const int64_t wanted = (p.rows + block_rows - 1) / block_rows;
   const auto blocks = std::clamp<int64_t>(wanted, 1, std::min<int64_t>(resident, kMostBlocks));
   constexpr bool kColumns = kTeacher && kScope != Scope::kLongRow;
-  constexpr int column_bytes = kColumns ? kNumbers * sizeof(Accumulate<scalar_t>) : 0;
+  constexpr int column_bytes = kColumns ? kNumbers * sizeof(T) : 0;
   loss_kernel<scalar_t, kVector, kNumbers, kLanes, kTeacher, kScope>
       <<<static_cast<unsigned>(blocks), threads, column_bytes * threads, stream>>>(p);
 }
@@ -468,23 +476,20 @@ void choose(const Problem<scalar_t>& p, int processors, cudaStream_t stream) {
                                    : 32;
   // Few numbers for each lane mean the least delay, many the least work beside them.
   const bool is_small = p.rows * kWarp <= int64_t(processors) * 1024;
-  int threads = 2 * kWarp;
-  constexpr int kMost = kTeacher ? std::min(kMostColumns, kMostThreads<T>) : kMostThreads<T>;
-  while (threads < kMost && threads * kMany < p.classes) threads *= 2;
   if (p.classes <= 4 * kFew) {
-    start<kVector, kFew, 4, kTeacher>(p, threads, processors, stream);
+    start<kVector, kFew, 4, kTeacher>(p, processors, stream);
   } else if (p.classes <= kWarp * kFew && is_small) {
-    start<kVector, kFew, kWarp, kTeacher>(p, threads, processors, stream);
+    start<kVector, kFew, kWarp, kTeacher>(p, processors, stream);
   } else if (p.classes <= 8 * kSome) {
-    start<kVector, kSome, 8, kTeacher>(p, threads, processors, stream);
+    start<kVector, kSome, 8, kTeacher>(p, processors, stream);
   } else if (p.classes <= kWarp * kSome) {
-    start<kVector, kSome, kWarp, kTeacher>(p, threads, processors, stream);
+    start<kVector, kSome, kWarp, kTeacher>(p, processors, stream);
   } else if (p.classes <= kWarp * kMany) {
-    start<kVector, kMany, kWarp, kTeacher>(p, threads, processors, stream);
-  } else if (p.classes <= threads * kMany) {
-    start<kVector, kMany, kWarp, kTeacher, Scope::kBlockRow>(p, threads, processors, stream);
+    start<kVector, kMany, kWarp, kTeacher>(p, processors, stream);
+  } else if (p.classes <= kMostRowThreads<T, kTeacher> * kMany) {
+    start<kVector, kMany, kWarp, kTeacher, Scope::kBlockRow>(p, processors, stream);
   } else {
-    start<kVector, kFew, kWarp, kTeacher, Scope::kLongRow>(p, threads, processors, stream);
+    start<kVector, kFew, kWarp, kTeacher, Scope::kLongRow>(p, processors, stream);
   }
 }
 

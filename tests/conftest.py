@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu import load_emulated
 
+import norm_relu
+import taylorglo_ext
 from augmentation import Augmentation
 from epbt import METHODS, main
 
@@ -23,6 +26,22 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)])
+def gpu(request, monkeypatch):
+    """A device whose fused operators are the CUDA kernels: a GPU, and the CPU that emulates one.
+    Fresh memory is full of NaN there, so that an element that is not written shows."""
+    device = "cuda" if request.param == "cuda" else "cpu"
+    taylorglo_ext.load("fused", device)
+    if device == "cpu":
+        load_emulated()
+        monkeypatch.setattr(torch.ops, "taylorglo", torch.ops.emulated)
+        monkeypatch.setattr(norm_relu, "has_kernels", lambda d: taylorglo_ext.is_fused(d.type))
+    torch.use_deterministic_algorithms(True)
+    yield device
+    torch.use_deterministic_algorithms(False)
+    taylorglo_ext.load("fused", device)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import copy
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -182,6 +183,11 @@ def loss_of(logits, labels, lesson, alpha, h, config):
     theta = torch.tensor([h[f"theta{i}"] for i in range(8)])
     taught = (None, None) if lesson is None else (lesson, torch.tensor(alpha))
     return config.add_cross_entropy * cross_entropy + reference_loss(logits, labels, theta, *taught)
+
+
+# For a test that takes the fixture gpu and needs what the emulated one has not: graphs, cuDNN.
+only_on_a_gpu = pytest.mark.parametrize(
+    "gpu", [pytest.param("cuda", marks=pytest.mark.cuda)], indirect=True)
 
 
 def captured(step):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small import captured
+from small import captured, only_on_a_gpu
 from torch import nn
 
 import norm_relu as module
@@ -14,25 +14,16 @@ from models import make_model
 from norm_relu import DTYPES, norm_relu
 from taylorglo_ext import load
 
-DEVICE = "cuda"
 CHANNELS_LAST = torch.channels_last
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Those of ResNets and of a wide one at a batch of 128, and odd ones: fewer rows than a block has,
 # slices of unequal width, one channel's vector, more than a thousand channels.
-SHAPES = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (128, 160, 32, 32), (1, 8, 3, 5),
+SHAPES = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (32, 160, 16, 16), (1, 8, 3, 5),
           (7, 24, 9, 9), (3, 40, 7, 5), (3, 8, 1, 1), (5, 1048, 2, 3), (33, 96, 5, 1)]
 either = pytest.mark.parametrize("with_shortcut", [True, False])
 
 
-@pytest.fixture
-def fused():
-    load("fused", DEVICE)
-    torch.use_deterministic_algorithms(True)  # fresh memory is then full of NaN
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def batch_norm(channels, device=DEVICE, **options):
+def batch_norm(channels, device, **options):
     generator = torch.Generator().manual_seed(channels)
     bn = nn.BatchNorm2d(channels, **options)
     for tensor in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
@@ -40,15 +31,15 @@ def batch_norm(channels, device=DEVICE, **options):
     return bn.to(device)
 
 
-def numbers(shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
+def numbers(device, shape, dtype=torch.float32, seed=0, mean=0.0, std=1.0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * std + mean
-    return x.to(DEVICE, dtype).to(memory_format=CHANNELS_LAST).requires_grad_()
+    return x.to(device, dtype).to(memory_format=CHANNELS_LAST).requires_grad_()
 
 
-def given(shape, with_shortcut=True, dtype=torch.float32):
+def given(device, shape, with_shortcut=True, dtype=torch.float32):
     """x, the shortcut or None, and the gradient of y."""
-    x, shortcut, upstream = (numbers(shape, dtype, seed) for seed in range(3))
+    x, shortcut, upstream = (numbers(device, shape, dtype, seed) for seed in range(3))
     return x, shortcut if with_shortcut else None, upstream.detach()
 
 
@@ -87,9 +78,15 @@ def assert_right(bn, x, shortcut, upstream, tolerance, tolerance_of_sums=1e-4):
     assert bn.num_batches_tracked == exact.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=pytest.mark.cuda)])
-def test_by_hand(device):
-    load("auto", device)
+def test_by_hand(gpu):
+    works_by_hand(gpu)
+
+
+def test_by_hand_without_the_kernels():
+    works_by_hand("cpu")
+
+
+def works_by_hand(device):
     bn = nn.BatchNorm2d(4, eps=3.0, momentum=0.25).to(device)
     with torch.no_grad():
         bn.weight.copy_(torch.tensor([2.0, -1, 4, 2]))
@@ -131,71 +128,66 @@ def test_on_a_cpu_the_bits_are_those_of_pytorch(training, with_shortcut):
         assert torch.equal(our, its)
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @either
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_agrees_with_pytorch_in_float64(fused, shape, with_shortcut, dtype):
-    bn = batch_norm(shape[1], momentum=0.3, eps=1e-3)
-    assert_right(bn, *given(shape, with_shortcut, dtype), TOLERANCE[dtype])
+def test_agrees_with_pytorch_in_float64(gpu, shape, with_shortcut, dtype):
+    bn = batch_norm(shape[1], gpu, momentum=0.3, eps=1e-3)
+    assert_right(bn, *given(gpu, shape, with_shortcut, dtype), TOLERANCE[dtype])
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(128, 16, 32, 32), (7, 24, 9, 9)], ids=str)
-def test_a_variance_that_is_small_beside_the_mean(fused, shape):
-    x, upstream = numbers(shape, mean=1000, std=0.1), numbers(shape, seed=1).detach()
-    bn = batch_norm(shape[1], momentum=1.0)  # running_var is the variance
+def test_a_variance_that_is_small_beside_the_mean(gpu, shape):
+    x, upstream = numbers(gpu, shape, mean=1000, std=0.1), numbers(gpu, shape, seed=1).detach()
+    bn = batch_norm(shape[1], gpu, momentum=1.0)  # running_var is the variance
     assert_right(bn, x, None, upstream, tolerance=2e-3, tolerance_of_sums=2e-3)
     exact = x.detach().double().var((0, 2, 3))
     assert_near(bn.running_var, exact, 5e-4)
 
 
-@pytest.mark.cuda
-def test_one_number_far_from_all_others(fused):
-    x = torch.zeros(128, 8, 32, 32, device=DEVICE).to(memory_format=CHANNELS_LAST)
+def test_one_number_far_from_all_others(gpu):
+    x = torch.zeros(128, 8, 32, 32, device=gpu).to(memory_format=CHANNELS_LAST)
     x[0, :, 0, 0] = 1000
-    bn = batch_norm(8, momentum=1.0)
+    bn = batch_norm(8, gpu, momentum=1.0)
     norm_relu(bn, x)
     assert_near(bn.running_var, x.double().var((0, 2, 3)), 1e-5)
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("layout", ["expanded", "contiguous", "off a 16-byte boundary"])
-def test_other_layouts_of_shortcut_and_gradient(fused, layout):
+def test_other_layouts_of_shortcut_and_gradient(gpu, layout):
     shape = 7, 24, 9, 9
-    x, shortcut, upstream = (numbers(shape, seed=seed).detach() for seed in range(3))
+    x, shortcut, upstream = (t.detach() for t in given(gpu, shape))
     if layout == "expanded":
         upstream = upstream[:, :, :1, :1].expand(shape)
     elif layout == "contiguous":
         shortcut, upstream = shortcut.contiguous(), upstream.contiguous()
     else:
         def moved(t):
-            flat = torch.empty(t.numel() + 1, device=DEVICE)[1:]
+            flat = torch.empty(t.numel() + 1, device=gpu)[1:]
             return flat.view(7, 9, 9, 24).permute(0, 3, 1, 2).copy_(t)
         x, shortcut, upstream = moved(x), moved(shortcut), moved(upstream)
         assert x.data_ptr() % 16 == 4
-    assert_right(batch_norm(24), x.requires_grad_(), shortcut.requires_grad_(), upstream, 1e-5)
+    assert_right(batch_norm(24, gpu), x.requires_grad_(), shortcut.requires_grad_(), upstream, 1e-5)
 
 
-@pytest.mark.cuda
 @either
-def test_the_same_bits_each_time(fused, with_shortcut):
-    numbers_of_step, results = given((128, 16, 32, 32), with_shortcut), []
+def test_the_same_bits_each_time(gpu, with_shortcut):
+    numbers_of_step, results = given(gpu, (128, 16, 32, 32), with_shortcut), []
     for _ in range(2):
-        bn = batch_norm(16)
+        bn = batch_norm(16, gpu)
         results.append([*fused_step(bn, *numbers_of_step), *bn.buffers()])
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.cuda
+@only_on_a_gpu
 @either
-def test_a_captured_graph_does_the_same(fused, with_shortcut):
-    bn, (x, *rest) = batch_norm(16), given((128, 16, 32, 32), with_shortcut)
+def test_a_captured_graph_does_the_same(gpu, with_shortcut):
+    bn, (x, *rest) = batch_norm(16, gpu), given(gpu, (128, 16, 32, 32), with_shortcut)
     step = partial(fused_step, bn, x, *rest)
     graph, results = captured(step)
     for seed in (4, 5):
         before = [t.clone() for t in bn.buffers()]
-        x.data.copy_(numbers(x.shape, seed=seed))
+        x.data.copy_(numbers(gpu, x.shape, seed=seed))
         graph.replay()
         replayed = [t.clone() for t in [*results, *bn.buffers()]]
         for buffer, value in zip(bn.buffers(), before, strict=True):
@@ -203,28 +195,27 @@ def test_a_captured_graph_does_the_same(fused, with_shortcut):
         assert all(map(torch.equal, replayed, [*step(), *bn.buffers()]))
 
 
-def network_gradient(name, bfloat16):
+def network_gradient(device, name, bfloat16):
     """Of one step, as one vector; and how many convolutions had their images from the kernels."""
-    model = make_model(name, 10, 3, seed=0).to(DEVICE, memory_format=CHANNELS_LAST)
+    model = make_model(name, 10, 3, seed=0).to(device, memory_format=CHANNELS_LAST)
     sources = []
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.register_forward_hook(lambda _, given, out: sources.append(given[0].grad_fn))
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16):
-        logits = model(numbers((16, 3, 16, 16)).detach())
-    labels = torch.arange(16, device=DEVICE) % 10
+    with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+        logits = model(numbers(device, (16, 3, 16, 16)).detach())
+    labels = torch.arange(16, device=device) % 10
     nn.functional.cross_entropy(logits.float(), labels).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     return gradient, sum(s is not None and s.name() == "NormReluBackward" for s in sources)
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("name", ["resnet8", "wrn-10-1"])
-def test_a_network_has_the_gradient_that_it_has_with_pytorchs(fused, monkeypatch, name):
+def test_a_network_has_the_gradient_that_it_has_with_pytorchs(gpu, monkeypatch, name):
     with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 convolutions differ by 1.3%
-        ours = {bfloat16: network_gradient(name, bfloat16) for bfloat16 in (False, True)}
+        ours = {bfloat16: network_gradient(gpu, name, bfloat16) for bfloat16 in (False, True)}
         monkeypatch.setattr(module, "fits", lambda *_: False)
-        its = {bfloat16: network_gradient(name, bfloat16) for bfloat16 in (False, True)}
+        its = {bfloat16: network_gradient(gpu, name, bfloat16) for bfloat16 in (False, True)}
     assert [count for _, count in ours.values()] == [{"resnet8": 6, "wrn-10-1": 8}[name]] * 2
     assert [count for _, count in its.values()] == [0, 0]
     exact = its[False][0]
@@ -232,14 +223,13 @@ def test_a_network_has_the_gradient_that_it_has_with_pytorchs(fused, monkeypatch
     assert (ours[True][0] - exact).norm() < 1.5 * (its[True][0] - exact).norm()
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_spreads_as_in_pytorch(fused, bad):
+def test_what_is_not_finite_spreads_as_in_pytorch(gpu, bad):
     for of in ("x", "shortcut"):
-        x, shortcut, upstream = (numbers((7, 24, 9, 9), seed=seed).detach() for seed in range(3))
+        x, shortcut, upstream = (t.detach() for t in given(gpu, (7, 24, 9, 9)))
         (x if of == "x" else shortcut)[3, 5, 2, 1] = bad
         x, shortcut = x.requires_grad_(), shortcut.requires_grad_()
-        bn, plain = batch_norm(24), batch_norm(24)
+        bn, plain = batch_norm(24, gpu), batch_norm(24, gpu)
         y = torch.relu(plain(x) + shortcut)
         expected = y, *torch.autograd.grad(y, [x, plain.weight, plain.bias, shortcut], upstream)
         for ours, its in zip(fused_step(bn, x, shortcut, upstream), expected, strict=True):
@@ -247,9 +237,8 @@ def test_what_is_not_finite_spreads_as_in_pytorch(fused, bad):
         assert torch.equal(bn.running_var.isfinite(), plain.running_var.isfinite())
 
 
-@pytest.mark.cuda
-def test_opcheck(fused):
-    bn, (x, shortcut, dy) = batch_norm(24), (t.detach() for t in given((7, 24, 9, 9)))
+def test_opcheck(gpu):
+    bn, (x, shortcut, dy) = batch_norm(24, gpu), (t.detach() for t in given(gpu, (7, 24, 9, 9)))
     weight, bias, operators = bn.weight.detach(), bn.bias.detach(), torch.ops.taylorglo
     for s in (None, shortcut):
         arguments = x, weight, bias, bn.running_mean, bn.running_var, s, 1e-5, 0.1
@@ -261,23 +250,22 @@ def test_opcheck(fused):
         operators.norm_relu(x, weight[1:], bias, bn.running_mean, bn.running_var, None, 1e-5, 0.1)
 
 
-@pytest.mark.cuda
 @pytest.mark.parametrize("options", [
     {}, dict(memory_format=torch.contiguous_format), dict(shape=(4, 6, 5, 5)),
     dict(dtype=torch.float64), dict(training=False), dict(hook=True), dict(shortcut=torch.float64),
     dict(backend="reference"), *(dict(norm={name: value}) for name, value in dict(
         affine=False, track_running_stats=False, momentum=None).items()),
 ], ids=str)
-def test_what_the_kernels_do_not_do_is_pytorchs(fused, options):
+def test_what_the_kernels_do_not_do_is_pytorchs(gpu, options):
     usual = dict(shape=(4, 24, 5, 5), dtype=torch.float32, memory_format=CHANNELS_LAST,
                  training=True, hook=False, shortcut=torch.float32, backend="fused", norm={})
     case, called = SimpleNamespace(**usual | options), []
-    load(case.backend, DEVICE)
-    bn = nn.BatchNorm2d(case.shape[1], device=DEVICE, dtype=case.dtype, **case.norm)
+    load(case.backend, gpu)
+    bn = nn.BatchNorm2d(case.shape[1], device=gpu, dtype=case.dtype, **case.norm)
     bn.train(case.training)
     if case.hook:
         bn.register_forward_hook(lambda *_: called.append(1))
-    x = numbers(case.shape, case.dtype).detach().contiguous(memory_format=case.memory_format)
-    y = norm_relu(bn, x.requires_grad_(), numbers(case.shape, case.shortcut, seed=1))
+    x = numbers(gpu, case.shape, case.dtype).detach().contiguous(memory_format=case.memory_format)
+    y = norm_relu(bn, x.requires_grad_(), numbers(gpu, case.shape, case.shortcut, seed=1))
     assert (y.grad_fn.name() == "NormReluBackward") == (options == {})
     assert len(called) == case.hook
