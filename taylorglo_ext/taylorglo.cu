@@ -269,20 +269,15 @@ struct Place {
   }
 };
 
-// A thread's work on a row: it writes its part of the gradient. The row's first thread returns the
-// row's sum of f, the others 0. If `reads`, thread 0 reads the parameters.
-template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope, typename scalar_t,
-          typename T>
-__device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& parameters, int row,
-                                    bool reads) {
-  using Here = Place<kVector, kNumbers, kLanes, kScope>;
-  const bool exists = row < static_cast<int>(p.rows);
-  prefetch(p.labels + (exists ? row : 0));
-
-  // e and h hold logits first, and then exponentials against the thread's own maxima.
-  T e[kNumbers], h[kTeacher ? kNumbers : 1];
-  Share<T, kTeacher> share;
-  Here from(static_cast<int>(p.classes), parameters, row, exists);
+// The first pass: a thread's exponentials, e of the logits and h of the teacher's, against its own
+// maxima, and their moments. If `reads`, thread 0 reads the parameters while the numbers arrive.
+template <int kVector, int kNumbers, int kLanes, Scope kScope, int kH, bool kTeacher,
+          typename scalar_t, typename T>
+__device__ __forceinline__ void find_moments(const Problem<scalar_t>& p, Parameters<T>& parameters,
+                                             bool reads,
+                                             Place<kVector, kNumbers, kLanes, kScope> from,
+                                             T (&e)[kNumbers], T (&h)[kH],
+                                             Share<T, kTeacher>& share) {
   do {
     from.read(p.logits, e);
     if constexpr (kTeacher) from.read(p.teacher_logits, h);
@@ -300,6 +295,62 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& p
 #pragma unroll
     for (int i = 0; i < kNumbers; ++i) share.moments.add(e[i], h[kTeacher ? i : 0]);
   } while (from.next());
+}
+
+// The second pass: writes a thread's part of the gradient. e and h are its exponentials against max
+// and teacher_max; those of a long row are read again. A label is treated like any other class;
+// then the thread that wrote it corrects it.
+template <int kVector, int kNumbers, int kLanes, Scope kScope, int kH, bool kTeacher,
+          typename scalar_t, typename T>
+__device__ __forceinline__ void write_gradient(const Problem<scalar_t>& p,
+                                               Place<kVector, kNumbers, kLanes, kScope> to,
+                                               T (&e)[kNumbers], T (&h)[kH], T max, T teacher_max,
+                                               const Slope<T, T, kTeacher>& slope, bool has_label,
+                                               int label, Gradient<scalar_t> label_gradient) {
+  do {
+    if constexpr (kScope == Scope::kLongRow) {
+      to.read(p.logits, e);
+      exponentiate(e, max);
+      if constexpr (kTeacher) {
+        to.read(p.teacher_logits, h);
+        exponentiate(h, teacher_max);
+      }
+    }
+    using Vector = Packed<Gradient<scalar_t>, kVector>;
+    auto* gradient = reinterpret_cast<Vector*>(p.gradient + to.start) + to.mine;
+#pragma unroll
+    for (int s = 0; s < to.kSteps; ++s) {
+      Vector packed;
+      T numbers[kVector];
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) {
+        const int i = s * kVector + k;
+        numbers[k] = slope(e[i], h[kTeacher ? i : 0]);
+      }
+      round_vector(numbers, packed);
+      if (to.vectors - to.mine > s * kLanes) gradient[s * kLanes] = packed;
+    }
+    const int away = label / kVector - to.mine;
+    if (has_label && away >= 0 && away < kLanes * to.kSteps && away % kLanes == 0) {
+      p.gradient[to.start + label] = label_gradient;
+    }
+  } while (to.next());
+}
+
+// A thread's work on a row: it writes its part of the gradient. The row's first thread returns the
+// row's sum of f, the others 0. If `reads`, thread 0 reads the parameters.
+template <int kVector, int kNumbers, int kLanes, bool kTeacher, Scope kScope, typename scalar_t,
+          typename T>
+__device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& parameters, int row,
+                                    bool reads) {
+  using Here = Place<kVector, kNumbers, kLanes, kScope>;
+  const bool exists = row < static_cast<int>(p.rows);
+  prefetch(p.labels + (exists ? row : 0));
+
+  T e[kNumbers], h[kTeacher ? kNumbers : 1];
+  Share<T, kTeacher> share;
+  const Here from(static_cast<int>(p.classes), parameters, row, exists);
+  find_moments(p, parameters, reads, from, e, h, share);
   extern __shared__ __align__(16) unsigned char columns[];
   const Column<kNumbers, T> column{
       reinterpret_cast<Packed<T, Column<kNumbers, T>::kVector>*>(columns) + threadIdx.x};
@@ -312,7 +363,7 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& p
   } else {
     join_block(share);
   }
-  Here to(static_cast<int>(p.classes), parameters, row, exists);
+  const Here to(static_cast<int>(p.classes), parameters, row, exists);
   const int64_t any_label = exists ? p.labels[row] : 0;
   const bool inside = any_label >= 0 && any_label < to.classes;
   const bool ignored = !exists || (p.kept && any_label == p.ignore_index);
@@ -332,43 +383,15 @@ __device__ __forceinline__ T do_row(const Problem<scalar_t>& p, Parameters<T>& p
   const T f = to.mine == 0 && !ignored ? result.f : T(0);
   if (!p.gradient) return f;
 
-  using Output = Gradient<scalar_t>;
   const T scale = ignored ? T(0) : parameters.scale;
   const Slope<T, T, kTeacher> label_slope(polynomial, result.dot - result.label_df, scale, y_factor,
                                           x_factor);
-  const Output label_gradient = static_cast<Output>(label_slope(e_label, h_label));
+  const auto label_gradient = static_cast<Gradient<scalar_t>>(label_slope(e_label, h_label));
   const Slope<T, T, kTeacher> slope(
       polynomial, result.dot, scale, y_factor * ratio(max, share.max),
       kTeacher ? x_factor * ratio(teacher_max, share.teacher_max) : T(0));
   if constexpr (kTeacher && kScope != Scope::kLongRow) column.read(h);
-  do {
-    if constexpr (kScope == Scope::kLongRow) {
-      to.read(p.logits, e);
-      exponentiate(e, max);
-      if constexpr (kTeacher) {
-        to.read(p.teacher_logits, h);
-        exponentiate(h, teacher_max);
-      }
-    }
-    auto* gradient = reinterpret_cast<Packed<Output, kVector>*>(p.gradient + to.start) + to.mine;
-#pragma unroll
-    for (int s = 0; s < Here::kSteps; ++s) {
-      Packed<Output, kVector> packed;
-      T numbers[kVector];
-#pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        const int i = s * kVector + k;
-        numbers[k] = slope(e[i], h[kTeacher ? i : 0]);
-      }
-      round_vector(numbers, packed);
-      if (to.vectors - to.mine > s * kLanes) gradient[s * kLanes] = packed;
-    }
-    // The thread that wrote the label's class corrects it.
-    const int away = label / kVector - to.mine;
-    if (inside && exists && away >= 0 && away < kLanes * Here::kSteps && away % kLanes == 0) {
-      p.gradient[to.start + label] = label_gradient;
-    }
-  } while (to.next());
+  write_gradient(p, to, e, h, max, teacher_max, slope, inside && exists, label, label_gradient);
   return f;
 }
 
