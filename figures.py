@@ -82,7 +82,7 @@ def zoom(lines):
 
 
 def over_noise(levels, name):
-    """The shares of wrong labels of a row, and the mean and standard error of its accuracy there."""
+    """A row's shares of wrong labels, and the mean and standard error of its accuracy there."""
     points = [(100 * noise, np.mean(x), np.std(x, ddof=min(1, len(x) - 1)) / len(x) ** 0.5)
               for noise, rows in levels.items() if (x := [*final(rows.get(name, [])).values()])]
     return list(zip(*points, strict=True))

@@ -56,7 +56,8 @@ def test_what_is_given_comes_before_the_preset_the_data_set_and_the_default():
     assert best.k == 10 and best.generations == 25
     own = Config("svhn", preset="best", elites=20, milestones=[0.5])
     assert (own.elites, own.milestones, own.distillation, own.epochs) == (20, (0.5,), 0, 1)
-    assert replace(own, seed=3) == Config("svhn", preset="best", elites=20, milestones=(0.5,), seed=3)
+    changed = Config("svhn", preset="best", elites=20, milestones=(0.5,), seed=3)
+    assert replace(own, seed=3) == changed
     for name in (*DATA_SETS, "a folder"):
         for preset in PRESETS:
             check(Config(name, preset=preset))

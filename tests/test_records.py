@@ -322,7 +322,8 @@ def test_what_a_folder_holds_decides_what_may_be_done_with_it(tmp_path):
     assert not (tmp_path / "new").exists()
     for name in ("best.pt", "summary.json", "log.jsonl", "curves.png"):
         (tmp_path / name).write_text("precious")
-        with pytest.raises(RunError, match=f"already holds a run, or at least {name}: .*another --"):
+        said = f"already holds a run, or at least {name}: .*another --"
+        with pytest.raises(RunError, match=said):
             RunFolder(tmp_path, CONFIG)
         assert [path.name for path in tmp_path.iterdir()] == [name]
         (tmp_path / name).unlink()
