@@ -21,8 +21,8 @@ class Config:
     """All that determines a run. The values below are those of Sec. 4.1: CIFAR-10, ResNet-32.
 
     A field that is not given has the preset's value, else the data set's, else the one below. The
-    data set's preset is for EPBT alone. Raises ConfigError for an unknown name; `check` checks the
-    values."""
+    data set's preset is for EPBT alone. Without a dataset it is for your own data. Raises
+    ConfigError for an unknown name; `check` checks the values."""
 
     # The experiment.
     method: Literal["epbt", "pbt", "baseline", "random", "replay"] = "epbt"

@@ -51,7 +51,7 @@ def delivered(config, folder, data, best):
 
 
 def finish(config, folder, data, report):
-    """Write best.pt, schedule, report and summary, unless they are there; return the Outcome."""
+    """Write best.pt, schedule, summary and report, unless they are there; return the Outcome."""
     best = fittest(folder.population)
     model, plan = delivered(config, folder, data, best), schedule(config, data, folder.log)
     n, scores = folder.evaluated(), all_metrics(config, data, model)

@@ -5,8 +5,9 @@
     individuals/   ID.safetensors: record, behaviour and state, of the last two generations
     timing.jsonl   a line for each generation: its seconds
 
-The caller adds best.pt, schedule.json, the figures and, as the last file, summary.json. The files
-that a run reads again carry a checksum: the SHA-256 of the other bytes, in the log of each line.
+The caller adds best.pt, schedule.json, summary.json, which makes the run finished, and then figures
+and report.html. The files that a run reads again carry a checksum: the SHA-256 of the other bytes,
+in the log of each line.
 """
 
 import fcntl
@@ -47,7 +48,7 @@ class Individual:
     parent: int | None = None  # gave it weights and hyperparameters; None: it starts anew
     mate: int | None = None  # gave it hyperparameters in crossover
     teacher: int | None = None  # taught it by distillation
-    fitness: float = 0.0  # validation accuracy
+    fitness: float = 0.0  # Config.fitness of the validation images
     test_accuracy: float = 0.0  # for comparison only: it never decides anything
     loss: float | None = None  # mean training loss of the last epoch; None: not finite
     diverged: bool = False
@@ -235,7 +236,7 @@ class RunFolder:
 
     @property
     def finished(self):
-        """Whether all generations are closed and the last file, summary.json, is there."""
+        """Whether all generations are closed and summary.json is there."""
         closed = self.generations == self.config.get("generations")
         return closed and (self.path / "summary.json").exists()
 

@@ -12,10 +12,10 @@
 #   ./run_all.sh ablations   EPBT on figure 2's data with one part taken out at a time, or put in
 #   ./run_all.sh practice    what as many networks for as long reach without evolution, and replayed schedules
 # Our own, on two cores:
-#   ./run_all.sh noise       the digits with 0, 20, 40 and 60% wrong labels: ten methods, ten seeds; half a day
+#   ./run_all.sh noise       the digits with 0, 20, 40 and 60% wrong labels: ten methods, ten seeds; six hours
 #   ./run_all.sh noise-fashion   4,000 images of Fashion-MNIST, 40% wrong labels; some hours
 #   ./run_all.sh noise-augmented   10,000 images of it, flipped, shifted and cut out; some hours
-#   ./run_all.sh scale       all of Fashion-MNIST, clean: Baseline 1, PBT, EPBT; some hours
+#   ./run_all.sh scale       all of Fashion-MNIST, clean: Baseline 1, PBT, EPBT, --preset best; some hours
 #   ./run_all.sh fashion     2,000 images of Fashion-MNIST: Baseline 1, PBT, independent networks, EPBT, --preset best
 #   ./run_all.sh preset      --preset best on seeds that were not used to choose it, and what each of its parts is worth
 #   ./run_all.sh metric      long-tailed Fashion-MNIST: EPBT evolving for balanced accuracy, for accuracy, and Baseline 1
@@ -118,7 +118,7 @@ noise_runs() {  # noise_runs SHARE OPTIONS: the methods on one data set with a s
 }
 noise_rows="baseline early-stopping gce gce-early-stopping label-smoothing pbt epbt epbt-cross-entropy epbt-published replay"
 
-noise() {  # seeds 1 to 10 chose: docs/choices.md
+noise() {  # seeds 1 to 3 chose: docs/choices-measured.md
     local share row names=()
     scale=noise seeds=${SEEDS:-11 12 13 14 15 16 17 18 19 20}
     for share in 0.4 0 0.2 0.6; do

@@ -10,7 +10,7 @@
 #   PYTHON     default .venv/bin/python, else python3
 #   LIMIT      seconds in all, default 360: the parts are in order of worth, and what is left is left out
 #   PARTS      names of parts, to run these alone: PARTS="compile fashion" benchmarks/gpu.sh OUT
-#   EPBT_DATA  the folder with Fashion-MNIST's four files, for the last part
+#   EPBT_DATA  the folder with Fashion-MNIST's four files, for the part fashion
 set -uo pipefail
 usage() { sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 device=cuda tiny=""

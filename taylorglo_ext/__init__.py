@@ -135,7 +135,7 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`taylorglo_loss` of logits (B, C) and its gradient for them, without autograd.
 
-    A training step goes on with ``logits.backward(gradient)``, which saves a GPU some launches.
+    A training step can go on with ``logits.backward(gradient)``, which saves a GPU some launches.
     Every label counts. The gradient is like the logits, but float32 for float16: it can be scaled
     before it is rounded.
     """

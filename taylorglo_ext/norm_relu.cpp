@@ -22,7 +22,7 @@ using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
 
-// Whether a tensor is channels last and starts at a 16-byte boundary.
+// The tensor, or a copy of it, channels last and from a 16-byte boundary.
 Tensor laid_out(const Tensor& tensor) {
   const Tensor t = tensor.contiguous(kLast);
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 ? t : t.clone(kLast);
@@ -33,7 +33,7 @@ bool is_like(const Tensor& tensor, const Tensor& x) {
          tensor.device() == x.device();
 }
 
-// Whether a tensor has one float32 number for each channel of x.
+// Whether a tensor has `count` float32 numbers on the device of x.
 bool is_of(const Tensor& numbers, const Tensor& x, int64_t count) {
   return numbers.numel() == count && numbers.scalar_type() == at::kFloat &&
          numbers.device() == x.device() && numbers.is_contiguous();

@@ -1,6 +1,7 @@
-// The CUDA kernels: one launch computes the loss and the gradient, another scales the gradient. The
-// formula is in taylorglo.h; checks, memory and stream are in taylorglo_cuda.cpp. The host reads no
-// device value here, so a graph can capture the launches.
+// The CUDA kernels: one launch computes the loss and the gradient, another scales the gradient. With
+// an ignore_index the mean needs a launch more, which counts labels. The formula is in taylorglo.h;
+// checks, memory and stream are in taylorglo_cuda.cpp. The host reads no device value here, so a
+// graph can capture the launches.
 //
 // A power of two of lanes of one warp shares a row: a warp has one long row or several short ones.
 // A block shares a longer row. Each thread reads its numbers once, keeps them in registers and
