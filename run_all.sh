@@ -286,10 +286,9 @@ case $section in
     demo) setup; demo ;;
     test) setup; $python -m pytest -q "${@:2}" ;;
     lint) setup; $python -m ruff check . ;;
-    figure2|figure3|figure4|figure5|figure6|ablations|practice|fashion|preset|precision|metric|digits|noise|scale)
-        setup; $section ;;
-    noise-fashion) setup; noise_fashion ;;
-    noise-augmented) setup; noise_augmented ;;
+    figure2|figure3|figure4|figure5|figure6|ablations|practice|fashion|preset|precision|metric|digits|\
+    noise|noise-fashion|noise-augmented|scale)
+        setup; ${section//-/_} ;;
     table1|table2) setup; tables $section ;;
     all) setup; tables table1; figure5; figure6; ablations; practice ;;
     *) sed -n '2,/^set -/{/^set -/!s/^# \{0,1\}//p}' "$0"; exit 2 ;;

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -35,6 +34,12 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+
+struct Stream {};
+using cudaStream_t = Stream*;
+
+inline dim3 blockIdx, blockDim, gridDim;
+#define threadIdx (::cuda_on_cpu::block.current->index)
 
 namespace cuda_on_cpu {
 
@@ -138,16 +143,6 @@ inline void run_block(unsigned threads) {
   } while (any(first, last, Fiber::kWaitsForBlock));
 }
 
-}  // namespace cuda_on_cpu
-
-inline dim3 blockIdx, blockDim, gridDim;
-#define threadIdx (::cuda_on_cpu::block.current->index)
-
-struct Stream {};
-using cudaStream_t = Stream*;
-
-namespace cuda_on_cpu {
-
 inline void launch(dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_t,
                    std::function<void()> kernel) {
   TORCH_CHECK(threads % kWarp == 0 && threads <= 1024 && shared_bytes <= 48 << 10);
@@ -165,12 +160,6 @@ inline void launch(dim3 grid, unsigned threads, size_t shared_bytes, cudaStream_
   }
 }
 
-}  // namespace cuda_on_cpu
-
-// ---- What a kernel calls ------------------------------------------------------------------------
-
-namespace cuda_on_cpu {
-
 // For a static variable that stands for one in shared memory: the block's first thread fills it.
 template <typename T>
 void declare(T& variable) {
@@ -178,6 +167,8 @@ void declare(T& variable) {
 }
 
 }  // namespace cuda_on_cpu
+
+// ---- What a kernel calls ------------------------------------------------------------------------
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::Fiber::kWaitsForBlock); }
 inline void __threadfence() {}

@@ -3,12 +3,12 @@ with the kernels for a GPU in the place of those for a CPU. See cuda_on_cpu.h.""
 
 import re
 import tempfile
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
 from taylorglo_ext import build
 
-FOLDER = Path(__file__).parent.parent / "taylorglo_ext"
 FLAGS = ("-O1", "-march=native", "-fopenmp", "-Wno-psabi", "-Wno-unknown-pragmas",
          "-U_FORTIFY_SOURCE")  # which takes a jump to another stack for an error
 SOURCES = [name for names in build.SOURCES.values() for name in names]
@@ -34,11 +34,12 @@ REPLACED = [
 ]
 
 
+@cache
 def load_emulated():
     """Build the library, unless the cache has it, and load it. Raises BackendError."""
     with tempfile.TemporaryDirectory() as folder:
         header = Path(__file__).with_suffix(".h")
-        for path in [header, *filter(Path.is_file, FOLDER.iterdir())]:
+        for path in [header, *filter(Path.is_file, build._folder.iterdir())]:
             text = path.read_text(encoding="utf-8")
             for pattern, replacement in REPLACED if path != header else ():
                 text = re.sub(pattern, replacement, text)

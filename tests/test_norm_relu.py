@@ -18,8 +18,9 @@ CHANNELS_LAST = torch.channels_last
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Those of ResNets and of a wide one at a batch of 128, and odd ones: fewer rows than a block has,
 # slices of unequal width, one channel's vector, more than a thousand channels.
-SHAPES = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (32, 160, 16, 16), (1, 8, 3, 5),
-          (7, 24, 9, 9), (3, 40, 7, 5), (3, 8, 1, 1), (5, 1048, 2, 3), (33, 96, 5, 1)]
+SHAPES = [(128, 16, 32, 32), (128, 32, 16, 16), (128, 64, 8, 8), (128, 160, 32, 32),
+          (32, 160, 16, 16), (1, 8, 3, 5), (7, 24, 9, 9), (3, 40, 7, 5), (3, 8, 1, 1),
+          (5, 1048, 2, 3), (33, 96, 5, 1)]
 either = pytest.mark.parametrize("with_shortcut", [True, False])
 
 
@@ -132,6 +133,8 @@ def test_on_a_cpu_the_bits_are_those_of_pytorch(training, with_shortcut):
 @either
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_pytorch_in_float64(gpu, shape, with_shortcut, dtype):
+    if gpu == "cpu" and shape == (128, 160, 32, 32):
+        pytest.skip("too large for the CPU")
     bn = batch_norm(shape[1], gpu, momentum=0.3, eps=1e-3)
     assert_right(bn, *given(gpu, shape, with_shortcut, dtype), TOLERANCE[dtype])
 
