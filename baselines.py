@@ -2,7 +2,8 @@
 
 Baseline 1 is one network, trained with cross-entropy and a fixed schedule. Baseline 2 is the
 original PBT [21], which evolves the learning rate. The third shows what the same compute reaches
-without evolution: independent networks with random learning rates; the fittest is delivered.
+without evolution, by random search: independent networks, each with a random learning rate that
+decays as Baseline 1's; the fittest is delivered.
 """
 
 import numpy as np
@@ -17,8 +18,8 @@ RESET_PROBABILITY = 0.25  # paper: unspecified ("a mixture"); 0.25 is Ray Tune's
 
 def train_on(config, space, data, workers, run):
     """All three methods, as a generator like `epbt.epbt`. Every member trains on in every
-    generation; PBT replaces the worst first. With early stopping the population is the network of
-    the best generation (of equals the earlier) and the latest one."""
+    generation; PBT replaces the worst first. With early stopping, of one network, the population
+    is that of the best generation (of equals the earlier) and the latest one."""
     population = run.population
     for g in range(run.generations, config.generations):
         rng = random_stream("evolution", config.seed, g)
@@ -35,9 +36,9 @@ def train_on(config, space, data, workers, run):
         born = zip(as_dicts(space, h), parents, strict=True)
         newest = workers.evaluate([Individual(g * config.population + i, g, hyperparameters, parent)
                                    for i, (hyperparameters, parent) in enumerate(born)])
-        kept = [fittest(population + newest)] if config.early_stopping else []
-        population = [m for m in kept if m is not newest[0]] + newest
-        run.record(g, population, kept)
+        best = [fittest(population + newest)] if config.early_stopping else []
+        population = [m for m in best if m is not newest[0]] + newest
+        run.record(g, population, elites=best)
         yield g, population
 
 

@@ -26,13 +26,13 @@ class Config:
 
     # The experiment.
     method: Literal["epbt", "pbt", "baseline", "random", "replay"] = "epbt"
-    """epbt; pbt: Baseline 2 of Sec. 4.1; baseline: Baseline 1, one network; random: independent
-    networks with random learning rates; replay: one network under the schedule of --replay"""
+    """epbt; pbt: Baseline 2 of Sec. 4.1; baseline: Baseline 1, one network; random: random search,
+    independent networks with random rates; replay: one network under the schedule of --replay"""
     preset: Literal["paper", "known", "best"] = "paper"
     """paper: as published; known: two of the first individuals have a loss that is known to learn;
     best: what helped on Fashion-MNIST. PRESETS in config.py lists the changes"""
     dataset: str = "cifar10"
-    """digits, fashion, fashion-long-tail, cifar10, svhn, or a folder with one subfolder a class"""
+    """digits, fashion, fashion-long-tail, cifar10, svhn, or a folder with a subfolder per class"""
     model: str = "resnet32"
     """resnet8/20/32/56, wrn-10-12/16-8/22-6/28-5, torchvision:NAME, package.module:factory"""
     seed: Annotated[int, 0, 2**32 - 1] = 0  # Everything random derives from it
@@ -57,7 +57,7 @@ class Config:
 
     # Training one network, Sec. 4.1.
     epochs: Count = 8  # Per generation
-    batch_size: Count = 128  # Images a step
+    batch_size: Count = 128  # Images per step
     learning_rate: Positive = 0.1  # Before scale and decay
     milestones: tuple[Share, ...] = (0.3, 0.6, 0.8)
     """The learning rate decays after these shares of the run"""
@@ -65,7 +65,8 @@ class Config:
     momentum: Share = 0.9  # If not evolved
     weight_decay: NotNegative = 0.0  # If not evolved; the paper does not say
     average_weights: NotNegative = 0.0
-    """Score, teach and keep weights averaged over so many generations; not in the paper"""
+    """Score, teach and keep an exponential moving average of the weights, over so many generations;
+    0: none; not in the paper"""
 
     # Evolution, Sec. 3.2.
     fitness: str = "accuracy"
@@ -73,14 +74,15 @@ class Config:
     population: Count = 40  # P, networks in the population
     generations: Count = 25  # n of Algorithm 1
     elites: Positive = 0.5  # k, how many survive unchanged; below 1, a share of P
-    tournament: Count = 2  # t, the fittest of so many becomes a parent
+    tournament: Count = 2  # t, each parent is the fittest of t random individuals
     mutation: NotNegative = 0.1  # Relative size of the random change; the paper does not say
     reset: Share = 0.05  # Probability that a variable is drawn anew; the paper does not say
     crossover: Share = 0.5  # Probability that a variable comes from the mate
     theta_range: Annotated[float, LEAST, 1e6] = 10.0
     """Initial thetas are uniform between minus this and this, Sec. 4.1"""
     known_losses: CountOrAuto = 0
-    """So many start with a loss that is known to learn and Baseline 1's rates; not in the paper"""
+    """How many of the first individuals start from Baseline 1's rates and the second-order Taylor
+    expansion of cross-entropy; not in the paper"""
     high_rates: bool = False
     """Leave low learning rates and momenta out of the search space; not in the paper"""
     evolve_cutout: bool = False
@@ -110,11 +112,11 @@ class Config:
     """Of the activations. On a GPU float32 means TF32; bfloat16 is about twice as fast"""
     layout: Literal["auto", "channels-last", "contiguous"] = "auto"
     """Of images in memory; auto: channels-last if the model can take it"""
-    threads: CountOrAuto = 0  # CPU threads a worker; 0: one; a single network has one a core
+    threads: CountOrAuto = 0  # Per worker, on the CPU; 0: one, or one per core for one network
     deterministic: bool = False  # The same bits in every run on a GPU, as always on a CPU
     no_graphs: bool = False  # Use no CUDA graphs
     workers: CountOrAuto = 0
-    """Individuals trained at once; 0: one a core, or as many as pay on the GPUs"""
+    """Individuals trained at once; 0: one per core, or as many as pay on the GPUs"""
     backend: Literal["processes", "ray"] = "processes"
     """Workers are processes of this machine, or of a Ray cluster (requirements-ray.txt)"""
     ray_address: str = ""  # Of a running cluster; empty: a new one on this machine

@@ -50,7 +50,7 @@ class Data:
     mean: torch.Tensor  # (C,) float32, of the training images, whose values are 0..255
     std: torch.Tensor  # (C,) float32, likewise
     augmentation: Augmentation
-    train_clean: torch.Tensor | None = None  # (N,) int64: the labels before label noise
+    clean_labels: torch.Tensor | None = None  # (N,) int64: of train, before label noise
     notes: tuple = ()  # further lines for `describe`
 
     num_classes = property(lambda self: len(self.class_names))
@@ -119,20 +119,22 @@ def load_data(name: str, root="", image_size=32, download=False, augmentation="a
 
 def hold_out(images, labels):
     """Hold out a fifth of each class, at least one image, as the test: the same in every run."""
-    order = in_shares(labels, np.random.default_rng(0).permutation(len(labels)), least=1)
+    order = stratified_order(labels, np.random.default_rng(0).permutation(len(labels)), least=1)
     n = max(len(np.unique(labels)), math.ceil(len(labels) / 5))
     return [(images[part], labels[part]) for part in (np.sort(order[n:]), np.sort(order[:n]))]
 
 
-def in_shares(labels, order, least):
+def stratified_order(labels, order, least):
     """Rearrange the indices `order` into labels, so that any first n hold each class in its share,
     and `least` images of each class come first. The last image of each class is at the end."""
-    order = order[np.argsort(labels[order], kind="stable")]
-    by_class = labels[order]
-    rank = np.arange(len(order)) - np.searchsorted(by_class, by_class)  # within its class
-    size = np.bincount(by_class)[by_class]
-    share = np.where(rank == size - 1, 1, (rank + 0.5) / size)
-    return order[np.argsort(np.where(rank < least, 0, share), kind="stable")]
+    order = order[np.argsort(labels[order], kind="stable")]  # class by class
+    keys = []
+    for size in np.unique(labels[order], return_counts=True)[1]:
+        key = (np.arange(size) + 0.5) / size  # spreads the images of a class over 0 to 1
+        key[-1] = 1
+        key[:least] = 0
+        keys.append(key)
+    return order[np.argsort(np.concatenate(keys), kind="stable")]
 
 
 def make_data(train, test, *, name="custom", class_names=None, seed=0, validation=0.1, enlarge=1,
@@ -208,8 +210,9 @@ def shuffled(labels, limit, validation, rng):
         if not low <= value <= high:
             raise DataError(f"--{option} must be {low} to {high}, not {value}: of {n} images, each "
                             f"of {classes} classes needs one for training and one for validation")
-    order = in_shares(labels.numpy(), rng.permutation(n), least=2)[:limit]
-    return torch.from_numpy(in_shares(labels.numpy(), order, least=1)), validation
+    labels = labels.numpy()
+    order = stratified_order(labels, rng.permutation(n), least=2)[:limit]
+    return torch.from_numpy(stratified_order(labels, order, least=1)), validation
 
 
 def wrong_labels(labels, used, share, kind, num_classes, rng):

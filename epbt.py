@@ -4,6 +4,7 @@
 
 A population of networks trains in parallel. Evolution adapts the loss function (TaylorGLO, eight
 parameters), learning-rate schedule and momentum of each. The function `epbt` is Algorithm 1.
+Defaults depend on --dataset, --preset and --method: --dataset svhn --help shows those of SVHN.
 """
 
 if __name__ == "__main__":  # first, so that the workers' server imports PyTorch meanwhile
@@ -91,10 +92,11 @@ def epbt(config, space, data, workers, run):
             alpha = config.distillation * g / (config.generations - 1)
             teacher = fittest(alive) if alpha else None
             N = newborn(M, g, as_dicts(space, h), parents, mates, teacher)
-            # Step 3b: preserve the k fittest of M_g, or the k most novel of its m fittest.
+            # Step 3b, here as it needs M_g alone: preserve its k fittest, or the k most novel of
+            # its m fittest.
             novel = pulse(g, config.pulsation_period, config.novelty)
-            right = np.stack([m.correct for m in alive])
-            top = select_elites(fitness, right, k, config.m, config.behaviour_images, novel, rng)
+            correct = np.stack([m.correct for m in alive])
+            top = select_elites(fitness, correct, k, config.m, config.behaviour_images, novel, rng)
             elites = [alive[i] for i in top]
         # Step 3a: train the children, with the fittest of M_g as teacher (Sec. 3.5); score them.
         N = workers.evaluate(N, teacher, alpha)
@@ -124,7 +126,8 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
 
     make_model: called as make_model(num_classes=..., in_channels=...); None: config.model.
     train, test: (images, labels) or map-style Datasets, see data.make_data; None: config.dataset.
-    space: the evolved variables, such as (*config.search_space(), evolution.Variable(...)).
+    space: the evolved variables, such as (*config.search_space(), evolution.Variable(...)), with
+    the augmentation's cutout in search_space(...) if the preset evolves it.
     augmentation: an Augmentation of the images in train; None: no augmentation.
     report: called with each line for people.
     fitness: called as fitness(logits, labels) with tensors (N, classes) and (N,) of the validation

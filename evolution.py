@@ -6,6 +6,7 @@ the rows in the order of the ids. So "ties go to the lower index" means to the o
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -203,10 +204,13 @@ def novelty_elites(fitness, behaviour, k, m):
     scores, distance = novelty_scores(behaviour[candidates])
     ranked = 1 + np.argsort(-scores[1:], kind="stable")  # stable: ties stay in order of fitness
     kept = list(ranked[: k - 1])
-    for newcomer in ranked[k - 1 :] if k > 2 else ():  # else no newcomer stays
-        kept.append(newcomer)
-        _, later = min((distance[a, b], -j) for j, b in enumerate(kept) for a in kept[:j])
-        kept.pop(-later)
+    if k > 2:  # else there is no pair, and no newcomer stays
+        for newcomer in ranked[k - 1 :]:
+            kept.append(newcomer)
+            # The closest pair; of equally close ones that with the lowest-ranked member.
+            _, lower = min(combinations(range(k), 2),
+                           key=lambda pair: (distance[kept[pair[0]], kept[pair[1]]], -pair[1]))
+            del kept[lower]
     return candidates[[0, *kept]]
 
 

@@ -6,7 +6,8 @@ from errors import RunError
 
 
 class Network:
-    """A model on its device, the momentum of its SGD and, if averaged, the mean of its weights."""
+    """A model on its device, the momentum of its SGD and, if averaged, the exponential moving
+    average (EMA) of its weights."""
 
     def __init__(self, model, device, layout, averaged=False):
         model.to(device)  # not model = model.to(device): a user's to() may return nothing
@@ -72,7 +73,7 @@ def load_tensors(target, source):
 
 def model_tensors(state):
     """The tensors of a state that are scored, teach and are delivered, {"model/...": tensor}: the
-    mean of the weights if there is one (Config.average_weights), else the weights."""
+    EMA of the weights if there is one (Config.average_weights), else the weights."""
     return part(state, "average") or part(state, "model")
 
 

@@ -32,11 +32,11 @@ class Run:
         if not self.log:
             raise RunError(f"{folder}: no generation is finished yet")
         try:
-            self.digest()
+            self.read()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{folder} is damaged: {type(error).__name__}: {error}") from error
 
-    def digest(self):
+    def read(self):
         config, log, name = self.config, self.log, plain(self.folder.absolute().name)
         self.seed, self.noise = config["seed"], config.get("label_noise") or 0
         self.row = name.removesuffix(f"-{self.seed}").removesuffix(f"-{self.noise:g}") or name

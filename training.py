@@ -53,12 +53,12 @@ class Trainer:
         self.draws = torch.zeros(self.steps * self.batch, 5, **integers)  # see draw_augmentation
         self.cutout = torch.zeros((), **integers)
         self.alpha, self.total_loss = (torch.zeros((), device=self.device) for _ in range(2))
-        self.rates = torch.zeros(3, device=self.device)  # learning rate, momentum, weight decay
+        self.sgd_settings = torch.zeros(3, device=self.device)  # rate, momentum, weight decay
         self.taylorglo = TaylorGLOLoss(torch.zeros(8), config.add_cross_entropy).to(self.device)
         self.validation, self.test = (Classifier(self, s) for s in (data.validation, data.test))
         self.mislabelled = None
-        if data.train_clean is not None:
-            wrong = data.train.labels != data.train_clean
+        if data.clean_labels is not None:
+            wrong = data.train.labels != data.clean_labels
             inner = slice(data.augmentation.shift, -data.augmentation.shift or None)
             images = data.train.images[wrong][:, :, inner, inner]  # without the border of zeros
             self.mislabelled = Classifier(self, ImageSet(images, data.train.labels[wrong]))
@@ -125,8 +125,8 @@ class Trainer:
             rate = learning_rate(self.h, clock, self.config)
             individual.applied["learning_rate"].append(rate)
             # A rate beyond float32 becomes infinite, and the network diverges.
-            rates = rate, self.h["momentum"], self.h["weight_decay"]
-            self.rates.copy_(torch.tensor(rates, dtype=torch.float64))
+            now = rate, self.h["momentum"], self.h["weight_decay"]
+            self.sgd_settings.copy_(torch.tensor(now, dtype=torch.float64))
             individual.loss = finite_or_none(self.train_epoch(rng))
             if individual.loss is None:
                 break
@@ -212,11 +212,11 @@ class Trainer:
 
         As torch.optim.SGD, which takes the momentum as a Python number: a CUDA graph would freeze
         it."""
-        momentum = self.network.momentum
-        trained = [(p, p.grad, momentum[name])
+        buffers = self.network.momentum
+        trained = [(p, p.grad, buffers[name])
                    for name, p in self.network.model.named_parameters() if p.grad is not None]
         weights, gradients, velocities = map(list, zip(*trained, strict=True))
-        rate, momentum, decay = self.rates.unbind()
+        rate, momentum, decay = self.sgd_settings.unbind()
         if self.h["weight_decay"] > 0:
             gradients = torch._foreach_add(gradients, torch._foreach_mul(weights, decay))
         torch._foreach_mul_(velocities, momentum)

@@ -56,7 +56,7 @@ def try_model(config, data):
     batch = min(config.batch_size, len(data.train), 2)
     rows = torch.arange(STEPS * batch) % len(data.train)
     some = ImageSet(data.test.images[:2], data.test.labels[:2])
-    data = replace(data, validation=some, test=some, train_clean=None,
+    data = replace(data, validation=some, test=some, clean_labels=None,
                    train=ImageSet(data.train.images[rows], data.train.labels[rows]))
     trainer = Trainer(replace(config, batch_size=batch, epochs=1, generations=2, milestones=(),
                               fitness="accuracy"), data)

@@ -71,7 +71,7 @@ def test_properties():
     moved = found.to("meta")
     sets = moved.train, moved.validation, moved.test
     tensors = [t for s in sets for t in (s.images, s.labels)]
-    assert all(t.is_meta for t in (moved.mean, moved.std, moved.train_clean, *tensors))
+    assert all(t.is_meta for t in (moved.mean, moved.std, moved.clean_labels, *tensors))
     for image_set in (*sets, found.train, found.validation, found.test):
         assert image_set.images.is_contiguous(memory_format=torch.channels_last)
     assert (moved.class_names, moved.augmentation) == (found.class_names, found.augmentation)

@@ -35,7 +35,7 @@ def test_a_share_of_the_training_and_validation_labels_becomes_another_class(sha
     assert seen == pytest.approx(expected, abs=60)
     assert kind == "uniform" or sum(seen[1:]) == 0
     assert torch.equal(found.test.labels, right(found.test.images))
-    clean = found.train_clean
+    clean = found.clean_labels
     assert torch.equal(clean, right(found.train.images)) if share else clean is None
 
 

@@ -201,7 +201,7 @@ def test_the_scores_equal_a_slow_recount_of_what_is_delivered(given, tmp_path, m
     monkeypatch.setattr(training, "EVALUATION_BATCH", 7)  # divides neither 24 nor 30
     trainer = trainer_of("resnet8", data(label_noise=0.5), **given)
     individual, d = trainer.evaluate(task(tmp_path)), trainer.data
-    model, wrong = model_with(trainer, state_of(task(tmp_path))), d.train.labels != d.train_clean
+    model, wrong = model_with(trainer, state_of(task(tmp_path))), d.train.labels != d.clean_labels
     right = [[model(normalize(image[None], d.mean, d.std)).argmax().item() == label
               for image, label in zip(images, labels.tolist(), strict=True)]
              for images, labels in (
