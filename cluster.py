@@ -18,12 +18,11 @@ import ray
 import torch
 
 from data import ImageSet
-from errors import ConfigError, RunError, message
+from errors import RunError, message
 from records import write_atomic
 from settings import settings
-from taylorglo_ext import BackendError
 from training import Trainer
-from workers import ATTEMPTS, keep_freed_memory
+from workers import ATTEMPTS, KNOWN, keep_freed_memory
 
 SETS = ("train", "validation", "test")
 
@@ -32,8 +31,8 @@ class RayPool:
     """A pool for `workers.Workers` whose workers are processes of Ray."""
 
     def __init__(self, config, data):
-        """config.workers: at most so many evaluations at once, which share the GPUs; 0: one a core
-        or a GPU."""
+        """config.workers: at most so many evaluations at once, which share the GPUs; 0: one per
+        `config.threads` cores, or per GPU, of the cluster."""
         count, address = config.workers, config.ray_address
         own = dict(include_dashboard=False, num_cpus=count * config.threads or None)
         path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
@@ -46,7 +45,14 @@ class RayPool:
         except (OSError, ValueError, RuntimeError) as error:
             raise RunError(f"cannot use the Ray cluster {address or 'of this machine'}: "
                            f"{message(error)}") from error
-        resources = dict(num_cpus=config.threads)
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            self.prepare(config, data)
+            stack.pop_all()
+
+    def prepare(self, config, data):
+        """Put the data into Ray's object store, and decide what an evaluation needs."""
+        count, resources = config.workers, dict(num_cpus=config.threads)
         if config.device != "cpu":
             gpus = ray.cluster_resources().get("GPU", 0)
             if gpus == 0:
@@ -75,8 +81,7 @@ class RayPool:
             try:
                 individual, file = ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                known = isinstance(error.cause, ConfigError | RunError | BackendError)
-                raise (error.cause if known else error) from None
+                raise (error.cause if isinstance(error.cause, KNOWN) else error) from None
             except ray.exceptions.RayError as error:
                 raise RunError(f"individual {task.individual.id} could not be evaluated in "
                                f"{ATTEMPTS} attempts on the Ray cluster: "

@@ -4,6 +4,7 @@
 line is made from this dataclass: the text beside or under a field is its help.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_type_hints
 
@@ -154,12 +155,12 @@ class Config:
     @property
     def k(self):
         """The number of elites, Sec. 3.2."""
-        return int(self.elites) if self.elites >= 1 else max(1, int(self.population * self.elites))
+        return floor(self.elites if self.elites >= 1 else max(1, self.population * self.elites))
 
     @property
     def m(self):
         """The number of candidates of Novelty Selection, Sec. 3.4."""
-        return min(int(self.k * self.novelty_candidates), self.population)
+        return min(floor(self.k * self.novelty_candidates), self.population)
 
     def evaluations(self):
         """Sec. 5.2: P + (n - 1)(P - k) for EPBT. The other methods train everyone: P n."""
@@ -201,6 +202,11 @@ PRESETS = {  # docs/choices-measured.md has the measurements
     "best": dict(elites=0.25, distillation=0.0, theta_range=1.0, add_cross_entropy=True,
                  average_weights=1.0, milestones=(), high_rates=True, evolve_cutout=True),
 }
+
+
+def floor(x):
+    """x rounded down to an int, but 100 * 0.29, in Python 28.999999999999996, is 29."""
+    return math.floor(round(x, 9))
 
 
 def flag(name):

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from augmentation import Augmentation, draw_augmentation, make_batch, parse_augmentation
 from augmentation import normalize as normalize  # users may import it from here
+from config import floor
 from errors import DataError, nearest, plain, told
 from folders import prepared, progress, read_folder, refuse_other_classes
-from folders import read_image_folder as read_image_folder
 from published import read_cifar10, read_digits, read_fashion, read_long_tail, read_svhn
 
 
@@ -204,7 +204,7 @@ def shuffled(labels, limit, validation, rng):
     Raises DataError if a class cannot be in both training and validation."""
     n, classes = len(labels), len(labels.unique())
     limit = limit or n
-    validation = max(classes, int(limit * validation)) if validation < 1 else int(validation)
+    validation = max(classes, floor(limit * validation)) if validation < 1 else int(validation)
     for option, value, low, high in (("limit", limit, 2 * classes, n),
                                      ("validation", validation, classes, limit - classes)):
         if not low <= value <= high:

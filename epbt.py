@@ -28,12 +28,11 @@ import torch
 from tqdm.auto import tqdm
 
 import taylorglo_ext
-from augmentation import Augmentation
 from baselines import train_on
 from command_line import command_line, folder_name
 from config import Config, check
 from data import load_data, make_data
-from errors import ConfigError, DataError, RunError
+from errors import ConfigError
 from evolution import (
     as_array,
     as_dicts,
@@ -51,7 +50,7 @@ from functions import import_name
 from metrics import find_metric, tried_metric
 from models import find_factory
 from outcome import finish, print_outcome
-from records import Individual, RunFolder, begun, fittest
+from records import Individual, RunFolder, begun, fittest, living_fitness
 from replay import checked_schedule, replay
 from server import start_server
 from settings import settings
@@ -59,7 +58,7 @@ from stopwatch import Stopwatch, process_age
 from training import HYPERPARAMETERS
 from trial import tried
 from watch import watched
-from workers import Processes, ThisProcess, Workers
+from workers import KNOWN, Processes, ThisProcess, Workers
 
 __all__ = ["Config", "evolve"]
 
@@ -120,15 +119,15 @@ NO_FILE = "worker processes need each function in a file, not in a notebook: put
 METHODS = dict(epbt=epbt, pbt=train_on, baseline=train_on, random=train_on, replay=replay)
 
 
-def evolve(config, make_model=None, train=None, test=None, space=None, augmentation=None,
-           report=print, fitness=None, clock=None):
+def evolve(config, make_model=None, train=None, test=None, space=None, report=print,
+           fitness=None, clock=None):
     """Carry out a run, for example evolve(Config(dataset="svhn")), and return its Outcome.
 
     make_model: called as make_model(num_classes=..., in_channels=...); None: config.model.
     train, test: (images, labels) or map-style Datasets, see data.make_data; None: config.dataset.
+    Their augmentation is the config's, where "auto" is none.
     space: the evolved variables, such as (*config.search_space(), evolution.Variable(...)), with
     the augmentation's cutout in search_space(...) if the preset evolves it.
-    augmentation: an Augmentation of the images in train; None: no augmentation.
     report: called with each line for people.
     fitness: called as fitness(logits, labels) with tensors (N, classes) and (N,) of the validation
     images, higher is better; None: config.fitness.
@@ -142,14 +141,14 @@ def evolve(config, make_model=None, train=None, test=None, space=None, augmentat
     if fitness is not None:
         config = replace(config, fitness=import_name(fitness, "fitness(logits, labels)"))
     if train is not None:
-        augmentation = str(augmentation or Augmentation())
+        augmentation = config.augmentation.replace("auto", "none")
         config = replace(config, dataset="custom", augmentation=augmentation)
-    elif augmentation is not None:
-        raise ConfigError("augmentation is for train and test; without them, set it in the config")
     config = settled(config)
     clock.lap("import")
     if config.workers != 1 and config.backend == "processes" and not in_no_file(config):
         start_server()  # it imports PyTorch while this process reads the data
+    backend = taylorglo_ext.load(config.loss_backend, config.device)
+    config = replace(config, loss_backend=backend)
     with settings(replace(config, device="cpu")):
         return run(config, train, test, space, report, clock)
 
@@ -166,9 +165,7 @@ def run(config, train, test, space, report, clock):
     space = config.search_space(data.augmentation.cutout) if space is None else space
     space = checked_space(space, HYPERPARAMETERS)
     clock.lap("data")
-    backend = taylorglo_ext.load(config.loss_backend, config.device)
-    clock.lap("loss")
-    config = tried(replace(config, loss_backend=backend), data, report)
+    config = tried(config, data, report)
     clock.lap("trial")
     identity = config.identity() | {"data": data.digest(), "classes": data.num_classes,
                                     "space": [list(vars(v).values()) for v in space]}
@@ -210,10 +207,10 @@ def settled(config):
     cores = len(os.sched_getaffinity(0))
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     threads = config.threads or (cores if config.population == 1 else 1)
-    workers = config.workers or (max(1, cores // threads) if device == "cpu" else 0)
-    workers, out = min(workers, config.population), folder_name(config)
-    images = Path(config.dataset).expanduser()
-    if images.is_dir() and Path(out).resolve().is_relative_to(images.resolve()):
+    own = max(1, cores // threads) if device == "cpu" and config.backend == "processes" else 0
+    workers, out = min(config.workers or own, config.population), folder_name(config)
+    images = Path(os.path.expanduser(config.dataset))
+    if os.path.isdir(images) and Path(out).resolve().is_relative_to(images.resolve()):
         raise ConfigError(f"--out {out} must not lie within --dataset {images}, where each folder "
                           "is a class")
     if in_no_file(config):
@@ -259,7 +256,7 @@ def cost(config):
 
 
 def progress_line(config, g, M, evaluated):
-    best, middle = fittest(M), median(m.fitness for m in M)
+    best, middle = fittest(M), median(living_fitness(M))
     return (f"generation {g + 1:3}/{config.generations}   best fitness {best.fitness:.4f}   "
             f"its test accuracy {best.test_accuracy:.4f}   median fitness {middle:.4f}   "
             f"evaluated {evaluated:4}   diverged {sum(m.diverged for m in M)}")
@@ -275,7 +272,7 @@ def main(arguments=None):
         if config.plan:
             return print(cost(config))
         outcome = evolve(config, clock=clock)
-    except (ConfigError, DataError, RunError, taylorglo_ext.BackendError) as error:
+    except KNOWN as error:
         print("\n".join(f"epbt.py: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -72,9 +72,6 @@ def search_space(theta_range=10.0, high_rates=False, cutout=0):
     return theta + rates + ((Variable("cutout", 0, cutout),) if cutout else ())
 
 
-SEARCH_SPACE = search_space()
-
-
 def checked_space(space, accepted):
     """The variables as a tuple. Raises ConfigError for variables that training cannot apply.
 

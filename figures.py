@@ -25,13 +25,12 @@ from PIL import Image
 from tyro.conf import Positional, UseAppendAction
 
 from errors import RunError, plain
-from records import rank
+from records import living_fitness, rank
 from tables import Run, curve, final, group, noisy, tables, write_logs
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
 TABLES = "<!-- figures.py writes what follows and leaves what is above -->"
-MACHINE = """echo "Commit: $(git describe --always --dirty). Machine: $(nproc --all) cores, \
-$(sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1)." """
+MACHINE = "nproc --all; echo cores,; sed -n 's/^model name.*: //p' /proc/cpuinfo | head -1"
 
 
 def grid(rows, columns, size, title="", **options):
@@ -63,7 +62,8 @@ def figure_lines(panels, xlabel, ylabel, note=None, zoomed=False):
         column[0].set_title(textwrap.fill(title, int(13 * size[0])))
         column[-1].set_xlabel(xlabel)
         column[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-        column[-1].set_ylim(top=min(101, column[-1].get_ylim()[1]))  # these are percentages
+        if max(max(y) for _, y, _ in lines.values()) <= 100:  # they may be percentages
+            column[-1].set_ylim(top=min(101, column[-1].get_ylim()[1]))
         if zoomed:
             column[0].set_ylim(*zoom([y for _, y, _ in lines.values()]))
     for ax in axes[:, 0]:
@@ -176,7 +176,7 @@ def evolved_figures(runs, title):
 def figure_lineage(run):
     """Generations in columns, individuals by fitness, lines to parents. Each dot has a gid with
     its numbers, which report.py shows."""
-    fitness = sorted(m["fitness"] for line in run.log for m in line["population"])
+    fitness = sorted(x for line in run.log for x in living_fitness(line["population"]))
     widest = max(len(line["population"]) for line in run.log)
     figure, ((ax,),) = grid(1, 1, (0.33 * len(run.log), 0.16 * widest + 0.4))
     before, winner = {}, []
@@ -192,7 +192,8 @@ def figure_lineage(run):
             colour = "white" if m["diverged"] else matplotlib.colormaps["viridis"](place)
             ax.plot(*at, "o", color=colour, markersize=6, mec="grey", mew=0.5, zorder=3,
                     gid=f"individual {m['id']} of generation {m['generation']}: fitness "
-                        f"{m['fitness']:.2%}, test accuracy {m['test_accuracy']:.2%}")
+                        f"{run.fitness_text(m['fitness'])}, test accuracy "
+                        f"{m['test_accuracy']:.2%}")
         alive = [a["id"] for a in run.ancestry if a["generation"] <= g]
         winner += [places[id] for id in alive[-1:]]  # empty while everyone has diverged
         before = places
@@ -251,15 +252,19 @@ def save(figures, folder, svg=True):
 @matplotlib.style.context(STYLE)
 def draw_run(run):
     """Draw a run's curves, lineage and Figures 5 and 6 into its folder. Returns their names."""
-    fitness = "best fitness" + f" ({run.metric})" * (run.metric != "accuracy")
-    lines = {name: curve([run], key) for name, key in (
-        (fitness, "fitness"), ("test accuracy of the fittest", "test_accuracy"),
-        ("wrong labels that it reproduces", "memorised"))}
-    if len(run.log[0]["population"]) > 1:
-        middle = [100 * median(m["fitness"] for m in line["population"]) for line in run.log]
-        lines["median fitness"] = run.epochs, np.array(middle), None
-    figures = {"curves": figure_lines({str(run): lines}, "epochs of training", "%")}
-    if "median fitness" in lines:
+    scale = 1 if run.own_metric else 100
+    name = "best fitness" + f" ({run.metric})" * (run.metric != "accuracy")
+    fitness = {name: curve([run], "fitness", scale)}
+    if several := len(run.log[0]["population"]) > 1:
+        middle = [scale * median(living_fitness(line["population"])) for line in run.log]
+        fitness["median fitness"] = run.epochs, np.array(middle), None
+    accuracy = {"test accuracy of the fittest": curve([run]),
+                "wrong labels that it reproduces": curve([run], "memorised")}
+    panels = {str(run): fitness | accuracy}
+    if run.own_metric:
+        panels = {f"{run}: fitness": fitness, "of the fittest, in %": accuracy}
+    figures = {"curves": figure_lines(panels, "epochs of training", "" if run.own_metric else "%")}
+    if several:
         figures["lineage"] = figure_lineage(run)
     figures |= evolved_figures([run], str(run))
     save(figures, run.folder)
@@ -296,10 +301,11 @@ def compare(folders: Positional[tuple[Path, ...]], out: Path,
     if readme.exists():
         head = readme.read_text(encoding="utf-8").split(TABLES)[0]
     else:
-        where = subprocess.run(MACHINE, shell=True, capture_output=True, text=True,
-                               cwd=STYLE.parent).stdout
+        where = subprocess.check_output(MACHINE, shell=True, text=True)
+        commits = ", ".join(dict.fromkeys(commit for run in runs for commit in run.commits))
         command = plain(command or f"python figures.py --out {out}")
-        head = f"# {plain(out.name)}\n\nCommand: `{command}`. {where}\n"
+        head = (f"# {plain(out.name)}\n\nCommand: `{command}`. Commits of the runs: "
+                f"{commits or 'unknown'}. Machine: {' '.join(where.split())}.\n\n")
     pictures = "".join(f"\n![{name}]({name}.png)\n" for name in figures)
     readme.write_text(f"{head}{TABLES}\n\n{text}{pictures}", encoding="utf-8")
     return text

@@ -3,7 +3,7 @@
     config.json    the settings of the run
     log.jsonl      a line for each generation, with every individual; it closes the generation
     individuals/   ID.safetensors: record, behaviour and state, of the last two generations
-    timing.jsonl   a line for each generation: its seconds
+    timing.jsonl   a line for each generation: its seconds, and the commit of the code that ran it
 
 The caller adds best.pt, schedule.json, summary.json, which makes the run finished, and then figures
 and report.html. The files that a run reads again carry a checksum: the SHA-256 of the other bytes,
@@ -15,9 +15,10 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,6 @@ FOR_PEOPLE = ("log.jsonl", "timing.jsonl", "best.pt", "summary.json", "schedule.
                 for kind in ("png", "svg")))
 MARK, DIGITS = b"sha256:", 64  # the checksum follows the first mark
 BEHAVIOUR = "individual/correct"  # the name of this tensor among those of the state
-TRAINED = "individuals/" + 6 * "[0-9]" + "*.safetensors"
 
 
 class DamagedFile(RunError):
@@ -76,6 +76,13 @@ def fittest(population):
     return max(population, key=rank)
 
 
+def living_fitness(population):
+    """The fitness of each individual or record that has not diverged; [0.0] if all have. A diverged
+    one's is 0, which some metrics call good."""
+    records = [m if isinstance(m, dict) else vars(m) for m in population]
+    return [m["fitness"] for m in records if not m["diverged"]] or [0.0]
+
+
 def ancestry(log):
     """The records from the first ancestor to the fittest of the last generation (Sec. 5.3)."""
     everyone = {member["id"]: member for line in log for member in line["population"]}
@@ -98,7 +105,7 @@ def one_line(action):
 
 
 def write_atomic(path, data):
-    """Write all of the bytes or nothing. Raises RunError."""
+    """Write all of the bytes, or leave the file as it was. Raises RunError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with one_line(f"write {path}"):
         _write(temporary, "wb", data)
@@ -196,18 +203,18 @@ class RunFolder:
         elif not overwrite and (found := self._files("config.json", *FOR_PEOPLE)):
             raise RunError(f"{path} already holds a run, or at least {found[0].name}: continue it "
                            "with --resume, replace it with --overwrite, or choose another --out")
-        with one_line(f"write to {path}"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with ExitStack() as stack:
+            with one_line(f"write to {path}"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = stack.enter_context(open(self.path / ".lock", "w"))
+            with one_line(f"lock {path}"):
+                try:
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RunError(f"{path} is in use by another process") from None
             if not self.fresh:
                 self._restore()
-        except BlockingIOError:
-            raise RunError(f"{path} is in use by another process") from None
-        except RunError:
-            self.close()
-            raise
+            stack.pop_all()
 
     def _restore(self):
         """Read the log and the population. If the last generation is damaged, drop it: the run
@@ -246,14 +253,14 @@ class RunFolder:
         with one_line(f"write to {self.path}"):
             self.individuals.mkdir(exist_ok=True)
             # A kill before config.json is replaced leaves the old run, which can then go on.
-            for path in self._files(".*.tmp", "individuals/.*.tmp", "summary.json",
-                                    *((*FOR_PEOPLE, TRAINED) if self.fresh else ())):
+            old = (*self._files(*FOR_PEOPLE), *self._trained().values()) if self.fresh else ()
+            for path in (*self._files(".*.tmp", "individuals/.*.tmp", "summary.json"), *old):
                 path.unlink(missing_ok=True)
         if self.fresh:
             write_atomic(self.path / "config.json", sealed(self.config, indent=2))
         for name in ("log.jsonl", "timing.jsonl"):
             write_atomic(self.path / name, b"".join(_lines(self.path, name)[:self.generations]))
-        self.clock = time.perf_counter()
+        self.clock, self.commit = time.perf_counter(), commit()
 
     def close(self):
         self.lock.close()
@@ -263,6 +270,11 @@ class RunFolder:
 
     def individual_path(self, id):
         return self.individuals / f"{id:06d}.safetensors"
+
+    def _trained(self):
+        """{id: path} of the individuals' files, but not of copies such as "000001 (2)"."""
+        return {int(path.stem): path for path in self.individuals.glob("*.safetensors")
+                if path.stem.isdecimal()}
 
     def recall(self, individual):
         """The same individual if an interrupted run has evaluated it already, else None."""
@@ -279,15 +291,16 @@ class RunFolder:
         elites = {individual.id for individual in elites}
         members = [{**m.record(), "elite": m.id in elites} for m in population]
         line, now = {"generation": generation, "population": members}, time.perf_counter()
-        times = json.dumps({"generation": generation, "seconds": now - self.clock}) + "\n"
+        times = json.dumps(dict(generation=generation, seconds=now - self.clock,
+                                commit=self.commit)) + "\n"
         with one_line(f"write to {self.path}"):
             _write(self.path / "timing.jsonl", "ab", times.encode())
             _write(self.path / "log.jsonl", "ab", sealed(line))
             self.log.append(line)
             self.population, self.clock = population, now
             needed = {member["id"] for line in self.log[-2:] for member in line["population"]}
-            for path in self._files(TRAINED):
-                if int(path.stem) not in needed:
+            for id, path in self._trained().items():
+                if id not in needed:
                     path.unlink()
 
     def evaluated(self):
@@ -297,7 +310,7 @@ class RunFolder:
 
 def begun(path):
     """Whether a folder holds a run."""
-    return (Path(path) / "config.json").exists()
+    return os.path.exists(Path(path) / "config.json")
 
 
 def read_config(path):
@@ -311,6 +324,20 @@ def read_log(path, end=None):
     """The lines of a run's log as dicts, one for each closed generation. Raises RunError."""
     return [unsealed(line, f"line {i} of {path}/log.jsonl")
             for i, line in enumerate(_lines(path, "log.jsonl")[:end], 1)]
+
+
+def read_timing(path):
+    """The lines of a run's timing.jsonl as dicts. Lines of older runs lack the commit."""
+    return list(map(json.loads, _lines(path, "timing.jsonl")))
+
+
+def commit():
+    """The commit of this code, with "-dirty" if it was changed; "" outside of a git repository."""
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                              capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        return ""
 
 
 def _lines(path, name):

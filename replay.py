@@ -6,6 +6,7 @@ rate and momentum for each epoch in which the individual's weights were trained.
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,8 +37,8 @@ def schedule(config, data, log):
 
 def read_schedule(path):
     """The schedule in a file or in a run's folder. Raises RunError if it is not one."""
-    path = Path(path).expanduser()
-    path = path / SCHEDULE if path.is_dir() else path
+    path = Path(os.path.expanduser(path))
+    path = path / SCHEDULE if os.path.isdir(path) else path
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         values = [("side", Positive, found["side"])]
@@ -88,9 +89,11 @@ def replay(config, space, data, workers, run):
     """Trains one new network under a schedule that is stretched to this run's generations.
 
     A generator like `epbt.epbt`. A generation has the values that the schedule has at its start.
-    Cutouts keep their share of the image's side."""
+    Cutouts keep their share of the image's side; there are none if the augmentation has none. There
+    is no teacher: the distillation of Eq. 3 is left out, also where the run had it."""
     recorded = read_schedule(config.replay)
     epochs, scale = recorded["epochs"], min(data.height, data.width) / recorded["side"]
+    scale = scale if data.augmentation.cutout else 0.0
     for g in range(run.generations, config.generations):
         then = epochs[g * len(epochs) // config.generations]
         h = dict(lr_scale=then["learning_rate"] / config.learning_rate, lr_decay=1.0,

@@ -44,14 +44,14 @@ def outcome(run):
         applied["learning rate, in its last epoch"] = rates[-1]
     full, trained = numbers["full_training"], numbers["epochs_trained"]
     return {
-        f"fitness ({run.metric})": f"{best['fitness']:.2%}",
+        f"fitness ({run.metric})": run.fitness_text(best["fitness"]),
         "test accuracy": f"{best['test_accuracy']:.2%}",
         "individual": f"{best['id']} (generation {best['generation']})",
         "ancestors": len(run.ancestry) - 1,
         **readable(best.get("scores", {}) | applied | best["hyperparameters"]),
         "losses or settings tried": f"{numbers['tried']:,}", "epochs trained": f"{trained:,}",
         "epochs to train one network in full under each": f"{full:,} ({full / trained:.1f} times)",
-        "duration": f"{60 * run.hours:.3g} minutes",
+        "duration, without generations that were interrupted": f"{60 * run.hours:.3g} minutes",
     }
 
 

@@ -1,5 +1,5 @@
-"""Starts the server that forks worker processes. The server has imported PyTorch, but has no thread
-and no CUDA context. This file imports no PyTorch, so epbt.py can start the server first of all.
+"""Starts the server that forks worker processes. The server has imported PyTorch, but runs nothing
+and has no CUDA context. This file imports no PyTorch, so epbt.py can start the server first of all.
 """
 
 import multiprocessing
@@ -8,8 +8,9 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
+from pathlib import Path
 
 from errors import RunError
 
@@ -28,9 +29,7 @@ def start_server():
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # in a starting worker
         os._exit(UNGUARDED)
     context = multiprocessing.get_context("forkserver")
-    # torch too: before Python 3.13 the server searches only the working directory for modules, so
-    # it may not find ours.
-    context.set_forkserver_preload(["torch", "training"])
+    context.set_forkserver_preload(["training"])
     main = sys.modules["__main__"]
     if not os.path.isfile(getattr(main, "__file__", None) or ""):
         vars(main).pop("__file__", None)  # "<stdin>", which workers would try to import
@@ -40,7 +39,8 @@ def start_server():
     # and its workers inherit that it is ignored.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        forkserver.ensure_running()
+        with our_files_first():
+            forkserver.ensure_running()
     except OSError as error:
         raise RunError("cannot start worker processes, whose socket cannot be made in TMPDIR, "
                        f"{tempfile.gettempdir()}: {error}; use a shorter one, or --workers 1"
@@ -48,3 +48,17 @@ def start_server():
     finally:
         signal.signal(signal.SIGINT, handler)
     return context
+
+
+@contextmanager
+def our_files_first():
+    """Within it, a new process finds our modules, from any working directory, and not files there
+    that are called alike. Before Python 3.13 the server does not get this process's sys.path."""
+    names = "PYTHONPATH", "PYTHONSAFEPATH"
+    before = [os.environ.get(name, "") for name in names]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), before[0])))
+    os.environ.update(zip(names, (path, "1"), strict=True))
+    try:
+        yield
+    finally:
+        os.environ.update(zip(names, before, strict=True))  # Python takes "" as not set

@@ -225,7 +225,7 @@ class Turns:
 
 def make_slots(config, data, count):
     """So many slots; for 0, the best number."""
-    return [Slot(config, data) for _ in range(count)] or worthwhile_slots(config, data)
+    return [Slot(config, data) for _ in range(count)] if count else worthwhile_slots(config, data)
 
 
 def in_turns(slots, tasks):
@@ -276,11 +276,12 @@ def worthwhile_slots(config, data):
     large enough. A file remembers it for the same GPU, model, precision, batch and PyTorch."""
     memory = remembered(config, data)
     if memory.is_file():
-        return make_slots(config, data, json.loads(memory.read_text(encoding="utf-8")))
+        count = json.loads(memory.read_text(encoding="utf-8"))
+        return [Slot(config, data) for _ in range(count)]
     slots, best = [], 0.0
     while len(slots) < MOST_SLOTS:
         try:
-            more = make_slots(config, data, len(slots) or 1)
+            more = [Slot(config, data) for _ in range(len(slots) or 1)]
             images = throughput([*slots, *more])
         except RuntimeError as error:
             if not out_of_memory(error) or not slots:
@@ -301,8 +302,8 @@ def remembered(config, data):
     """The file that remembers the best number of slots."""
     what = [torch.__version__, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1],
             config.model, config.precision, config.layout, config.batch_size,
-            config.distillation > 0, config.average_weights > 0, data.channels, data.height,
-            data.width, data.num_classes,
+            config.distillation > 0, config.average_weights > 0, config.no_graphs,
+            config.deterministic, data.channels, data.height, data.width, data.num_classes,
             Path(__file__).read_text(encoding="utf-8")]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")

@@ -17,7 +17,7 @@ import numpy as np
 from tabulate import tabulate
 
 from errors import RunError, plain
-from records import ancestry, differing, fittest, read_config, read_log
+from records import ancestry, differing, fittest, read_config, read_log, read_timing
 
 # What the runs of a row may differ in: the seed, what follows from it, and the machine.
 FREE = {"seed", "data", "replay", "schedule", "device", "threads", "loss_backend"}
@@ -48,14 +48,15 @@ class Run:
         self.total_epochs = config["generations"] * config["epochs"]
         self.finished = len(log) >= config["generations"]
         self.metric, summary = config.get("fitness", "accuracy"), self.folder / "summary.json"
+        self.own_metric = ":" in self.metric  # a user's function, whose values may be any numbers
         # The metrics of the fittest on the test images.
         self.scores = {"accuracy": self.best[-1]["test_accuracy"]}
         if summary.exists():
             found = json.loads(summary.read_text(encoding="utf-8")).get("test_scores", {})
             self.scores = found | self.scores
-        times = self.folder / "timing.jsonl"
-        times = times.read_text(encoding="utf-8").splitlines() if times.exists() else []
-        self.hours = sum(json.loads(line)["seconds"] for line in times) / 3600
+        times = read_timing(self.folder)
+        self.hours = sum(line["seconds"] for line in times) / 3600
+        self.commits = dict.fromkeys(line["commit"] for line in times if line.get("commit"))
         # Sec. 5.2: how many losses or settings it tried, how many epochs it trained, and how many
         # it would take to train one network in full under each loss or setting.
         everyone = {m["id"]: m for line in log for m in line["population"]}
@@ -68,7 +69,11 @@ class Run:
             problem=self.problem, label_noise=self.noise, method=self.row, seed=self.seed, **best,
             epochs=self.epochs[-1], finished=self.finished, tried=tried,
             epochs_trained=len(everyone) * config["epochs"],
-            full_training=tried * self.total_epochs, hours=round(self.hours, 6))
+            full_training=tried * self.total_epochs, hours=round(self.hours, 6),
+            commit=" ".join(self.commits))
+
+    def fitness_text(self, fitness):
+        return f"{fitness:.4g}" if self.own_metric else f"{fitness:.2%}"
 
     def __str__(self):
         return f"{self.row}, seed {self.seed}: {self.problem}{noisy(self.noise)}"
@@ -103,11 +108,11 @@ def final(runs, metric="accuracy"):
     return {run.seed: 100 * run.scores[metric] for run in runs if metric in run.scores}
 
 
-def curve(runs, key="test_accuracy"):
-    """Epochs, mean and standard error in percent of `key` of the fittest of each generation. The
-    error is None for one run. Returns None if the log lacks the key."""
+def curve(runs, key="test_accuracy", scale=100):
+    """Epochs, mean and standard error of `key` of the fittest of each generation, by default in
+    percent. The error is None for one run. Returns None if the log lacks the key."""
     n = min(len(run.log) for run in runs)
-    values = 100 * np.array([[best.get(key) for best in run.best[:n]] for run in runs], float)
+    values = scale * np.array([[best.get(key) for best in run.best[:n]] for run in runs], float)
     if np.isnan(values).any():
         return None
     error = values.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else None

@@ -57,11 +57,11 @@ class Trainer:
         self.taylorglo = TaylorGLOLoss(torch.zeros(8), config.add_cross_entropy).to(self.device)
         self.validation, self.test = (Classifier(self, s) for s in (data.validation, data.test))
         self.mislabelled = None
-        if data.clean_labels is not None:
-            wrong = data.train.labels != data.clean_labels
+        labels, clean = data.train.labels, data.clean_labels
+        if clean is not None and (wrong := labels != clean).any():
             inner = slice(data.augmentation.shift, -data.augmentation.shift or None)
             images = data.train.images[wrong][:, :, inner, inner]  # without the border of zeros
-            self.mislabelled = Classifier(self, ImageSet(images, data.train.labels[wrong]))
+            self.mislabelled = Classifier(self, ImageSet(images, labels[wrong]))
 
     def evaluate(self, task):
         """Alg. 1, step 3a: train the individual, score it, write its file, return it."""
@@ -170,7 +170,7 @@ class Trainer:
         self.sgd()
         self.total_loss.add_(loss.detach())
         if span := self.config.average_weights:  # in generations
-            self.network.move_average(1 / (self.steps * self.config.epochs * span))
+            self.network.move_average(min(1, 1 / (self.steps * self.config.epochs * span)))
 
     def laid_out(self, images):
         """The images in the memory layout of config.layout, from channels last."""

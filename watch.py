@@ -5,7 +5,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import median
 
-from records import fittest, one_line, read_config, read_log
+from records import fittest, living_fitness, one_line, read_config, read_log
 
 FITNESS, TEST = "fitness/best", "fittest/test_accuracy_for_comparison_only"
 
@@ -39,7 +39,7 @@ def watched(generations, folder):
 
 def scalars(population):
     """{tag: value} of a population, given by its records."""
-    best, fitness = fittest(population), [m["fitness"] for m in population]
+    best, fitness = fittest(population), living_fitness(population)
     values = {FITNESS: best["fitness"], "fitness/median": median(fitness),
               "fitness/worst": min(fitness), TEST: best["test_accuracy"],
               "population/diverged": sum(m["diverged"] for m in population),

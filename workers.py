@@ -23,13 +23,14 @@ from multiprocessing import connection, parent_process
 import numpy as np
 import torch
 
-from errors import RunError, message
+from errors import ConfigError, DataError, RunError, message
 from records import RunFolder
 from server import UNGUARDED, start_server
 from settings import settings
 from taylorglo_ext import BackendError
 from training import Task, Trainer
 
+KNOWN = ConfigError, DataError, RunError, BackendError  # errors that a user can mend
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ATTEMPTS = 3  # how often a task is tried if its worker dies
 OUT_OF_MEMORY = 75  # the exit code of a worker whose GPU had no memory left
@@ -64,15 +65,16 @@ class ThisProcess:
     def __init__(self, config, data):
         keep_freed_memory()
         config = replace(config, device=config.device.replace("cuda", "cuda:0"))
-        self.settings = ExitStack()
-        self.settings.enter_context(settings(config))
-        self.close = self.settings.close
-        if config.device == "cpu":
-            self.run = partial(map, Trainer(config, data).evaluate)
-        else:
-            from slots import in_turns, make_slots  # here, as only a GPU needs it
+        with ExitStack() as stack:
+            stack.enter_context(settings(config))
+            if config.device == "cpu":
+                self.run = partial(map, Trainer(config, data).evaluate)
+            else:
+                from slots import in_turns, make_slots  # here, as only a GPU needs it
 
-            self.run = partial(in_turns, make_slots(config, data.to(config.device), config.workers))
+                slots = make_slots(config, data.to(config.device), config.workers)
+                self.run = partial(in_turns, slots)
+            self.close = stack.pop_all().close
 
 
 class Processes:
@@ -80,16 +82,20 @@ class Processes:
 
     def __init__(self, config, data, count):
         """count: of individuals evaluated at once; 0: each GPU finds its best number."""
-        self.context, self.data = start_server(), data
+        self.context, self.data, self.workers = start_server(), data, []
         if config.device == "cpu":
             places = [("cpu", 1)] * count
         else:
             parts = map(len, np.array_split(range(count), torch.cuda.device_count()))
             places = [(f"cuda:{i}", slots) for i, slots in enumerate(parts) if slots or count == 0]
-        self.workers = [WorkerProcess(self.context, replace(config, device=device), data, slots)
-                        for device, slots in places]
-        for worker in self.workers:
-            worker.slots = worker.slots or worker.answer() or 1  # 1 if it died: run() replaces it
+        with ExitStack() as stack:
+            stack.callback(self.close)
+            for device, slots in places:
+                own = replace(config, device=device)
+                self.workers.append(WorkerProcess(self.context, own, data, slots))
+            for worker in self.workers:  # 1 if it died: run() replaces it
+                worker.slots = worker.slots or worker.answer() or 1
+            stack.pop_all()
 
     def run(self, tasks):
         """Yields each task's individual when it is done, in any order."""
@@ -168,7 +174,7 @@ class WorkerProcess:
 
     def answer(self):
         """What the worker sends: an evaluated individual, or its number of slots; None if it died.
-        Raises the worker's RunError or BackendError."""
+        Raises the worker's error if it is one of KNOWN."""
         try:
             answer = self.pipe.recv()
         except (EOFError, OSError):
@@ -197,7 +203,7 @@ def serve(config, data, slots, pipe):
             serve_slots(config, data, slots, pipe)
     except (EOFError, ConnectionError):
         pass  # the parent is gone
-    except (RunError, BackendError) as error:
+    except KNOWN as error:
         pipe.send(error)
     except Exception as error:
         from slots import out_of_memory

@@ -49,7 +49,7 @@ def reduce(losses: Tensor, kept: Tensor | None, reduction: str) -> Tensor:
 
 
 def eq2(x, y, theta):
-    """Eq. 2 for labels x and predictions y (..., C), or arrays; theta: eight numbers."""
+    """Eq. 2 for labels x and predictions y (..., C); theta: eight numbers."""
     t0, t1, t2, t3, t4, t5, t6, t7 = theta
     a, b = y - t1, x - t0
     f = (

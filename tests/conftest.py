@@ -90,7 +90,8 @@ def pretend():
         population = [everyone[m["id"]] for m in log[-1]["population"]] if log else []
         folder = SimpleNamespace(generations=len(log), population=population, record=record)
         workers = SimpleNamespace(evaluate=evaluate)
-        data = SimpleNamespace(num_classes=10, height=8, width=8, augmentation=Augmentation())
+        augmentation = Augmentation(cutout=8 * ("cutout" in config.augmentation))
+        data = SimpleNamespace(num_classes=10, height=8, width=8, augmentation=augmentation)
         generations = METHODS[config.method](config, config.search_space(), data, workers, folder)
         assert [g for g, _ in generations] == list(range(folder.generations, config.generations))
         return SimpleNamespace(log=log, calls=calls, everyone=everyone)

@@ -53,7 +53,7 @@ def write(folder, log, **settings):
                 "classes": 10, "space": []} | settings
     folder.mkdir(parents=True)
     lines = [{"generation": g, "population": population} for g, population in enumerate(log)]
-    times = [{"generation": g, "seconds": 1800.0} for g in range(len(log))]
+    times = [{"generation": g, "seconds": 1800.0, "commit": "abc1234"} for g in range(len(log))]
     files = {"log.jsonl": lines, "timing.jsonl": times, "config.json": [settings]}
     for name, content in files.items():
         text = "".join(json.dumps(line) + "\n" for line in content)

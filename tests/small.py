@@ -13,13 +13,14 @@ from torch import nn
 from augmentation import Augmentation, draw_augmentation, make_batch
 from config import Config
 from data import make_data
-from evolution import random_stream
+from evolution import random_stream, search_space
 from models import make_model
 from network import model_tensors
 from records import Individual, load_individual
 from taylorglo_ext.reference import reference_loss
 from training import Task, Trainer, learning_rate
 
+SEARCH_SPACE = search_space()  # the paper's
 CROSS_ENTROPY = {}  # nothing is evolved
 # f = 10 x y: the loss is minus the likelihood.
 TAYLORGLO = {f"theta{i}": 10.0 if i == 5 else 0.0 for i in range(8)}
@@ -166,7 +167,7 @@ def by_hand(trainer, task):
             loss_of(logits, d.train.labels[rows], lesson, task.alpha, h, c).backward()
             sgd.step()
             for name, t in named(model).items() if c.average_weights else ():
-                weight = 1 / (steps * c.epochs * c.average_weights)
+                weight = min(1, 1 / (steps * c.epochs * c.average_weights))
                 mean[name] = mean[name].lerp(t.detach(), weight) if t.is_floating_point() else +t
     averaged = mean if c.average_weights else {}
     parts = {"model": named(model), "momentum": momenta, "average": averaged}

@@ -3,10 +3,12 @@
 from dataclasses import fields, replace
 
 import pytest
+from small import SEARCH_SPACE
 
 from config import DATA_SETS, PRESETS, Config, check
+from epbt import settled
 from errors import ConfigError
-from evolution import SEARCH_SPACE, Variable
+from evolution import Variable
 
 BOTH = dict(model="resnet32", population=40, k=20, m=30, batch_size=128, learning_rate=0.1,
             momentum=0.9, tournament=2, crossover=0.5, behaviour_images=400, pulsation_period=5,
@@ -26,6 +28,19 @@ def test_the_protocols_are_those_of_sec_4(dataset, protocol):
     config, expected = Config(dataset), BOTH | protocol
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.search_space(16) == SEARCH_SPACE
+
+
+def test_shares_are_rounded_down_as_on_paper():
+    config = Config("cifar10", population=100, elites=0.29, novelty_candidates=1.1)
+    assert (config.k, config.m) == (29, 31)  # 100 * 0.29 is 28.999999999999996 in Python
+    assert Config("cifar10", population=5, elites=0.5).k == 2
+
+
+def test_a_ray_cluster_may_have_more_cores_than_this_machine(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    ray = Config("digits", backend="ray", device="cpu")
+    assert settled(ray).workers == 0  # Ray decides
+    assert settled(replace(ray, workers=3)).workers == 3
 
 
 def test_the_baselines_of_sec_4_1_and_the_numbers_of_sec_5_2():

@@ -16,16 +16,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import SEARCH_SPACE
 
+import taylorglo_ext
 from augmentation import Augmentation
 from config import DATA_SETS, Config
 from data import load_data, normalize
 from epbt import evolve, main
 from errors import ConfigError, DataError, RunError
-from evolution import RATES, SEARCH_SPACE, Variable, best_first, novelty_elites, pulse
+from evolution import RATES, Variable, best_first, novelty_elites, pulse
 from models import make_model
 from outcome import formula
 from records import load_individual, read_log
+from replay import replay_config
 from taylorglo_ext.reference import reference_loss
 from tests.conftest import TINY
 from tests.run_folders import read_json
@@ -264,6 +267,9 @@ def refused(capsys, *arguments, lines=1):
     ("--limit 300 --validation 300", "--validation 290"),
     ("--augmentation flop", "--augmentation flop flip"), ("--out file", "file"),
     ("--dataset damaged --out damaged/run", "--out damaged/run --dataset within"),
+    ("--dataset ~nosuchuser/x", "'~nosuchuser/x' accepted"),
+    ("--replay ~nosuchuser/x", "~nosuchuser/x No such"),
+    ("--dataset " + 300 * "x", "xxx accepted"), ("--resume --out " + 300 * "x", "holds no run"),
     ("--dataset .", "--out runs/epbt-"), ("--resume --out nowhere", "nowhere holds no run"),
     ("--resume --method pbt --seed 3", "runs/pbt-digits-3 holds no run"),
     ("--replay file", "file schedule of a finished run"), ("--replay nowhere", "nowhere No such"),
@@ -342,19 +348,21 @@ def test_a_call_of_evolve_that_cannot_work_is_one_line(model, train, test, words
 
 
 def test_data_of_ones_own_may_be_augmented_and_a_changed_model_is_told(tmp_path, monkeypatch):
-    c, augmentation = Config(**OWN, out=str(tmp_path)), Augmentation(True, shift=1, cutout=4)
-    data = evolve(c, make_small, IMAGES, IMAGES, augmentation=augmentation).data
-    assert data.train.images.shape[2:] == (10, 10) and data.augmentation == augmentation
+    c = Config(**OWN, out=str(tmp_path), augmentation="flip shift=1 cutout=4")
+    data = evolve(c, make_small, IMAGES, IMAGES).data
+    assert data.train.images.shape[2:] == (10, 10)
+    assert data.augmentation == Augmentation(True, shift=1, cutout=4)
     everyone = [m for line in read_log(tmp_path) for m in line["population"]]
     assert all(0 <= m["hyperparameters"]["cutout"] <= 4 for m in everyone)
-    again, other = replace(c, resume=True), Augmentation(True, shift=1, cutout=3)
+    schedule = replay_config(tmp_path)  # a replay augments alike
+    replayed = Config(**schedule | OWN | dict(preset="paper", out=str(tmp_path / "replayed")))
+    assert evolve(replayed, make_small, IMAGES, IMAGES).data.augmentation == data.augmentation
+    again = replace(c, resume=True)
     monkeypatch.setitem(globals(), "HIDDEN", 12)
-    for arguments, changed, words in (
-            ((make_small, IMAGES, IMAGES), other, "augmentation is"),
-            ((), augmentation, "augmentation is for train and test"),
-            ((make_small, IMAGES, IMAGES), augmentation, "of another model")):
-        with pytest.raises((ConfigError, RunError), match=words):
-            evolve(again, *arguments, augmentation=changed)
+    for changed, words in (("flip shift=1 cutout=3", "augmentation is"),
+                           (c.augmentation, "of another model")):
+        with pytest.raises(RunError, match=words):
+            evolve(replace(again, augmentation=changed), make_small, IMAGES, IMAGES)
 
 
 @pytest.mark.parametrize("name, call, last", [
@@ -375,6 +383,27 @@ def test_a_script_that_workers_cannot_import_is_told_what_to_do(name, call, last
                           env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert done.stderr.splitlines()[-1] == last
     assert done.stderr.count("Traceback") == 1  # the script's own
+
+
+def test_a_loss_that_cannot_be_built_is_tried_and_told_once(tmp_path, monkeypatch):
+    def fail(target):
+        raise taylorglo_ext.BackendError("no compiler")
+
+    monkeypatch.setattr(taylorglo_ext, "load_library", fail)
+    monkeypatch.setattr(taylorglo_ext, "_in_use", {})
+    with pytest.warns(UserWarning, match="slower reference loss: no compiler") as told:
+        evolve(Config(**OWN | dict(loss_backend="auto"), out=str(tmp_path)), make_small, IMAGES,
+               IMAGES)
+    assert len(told) == 1
+
+
+def test_files_in_the_working_directory_do_not_hide_ours(tmp_path):
+    for name in ("training", "data", "models"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the wrong {name}')")
+    options = "--workers 2 --generations 1 --device cpu".split()
+    done = subprocess.run([sys.executable, ROOT / "epbt.py", *TINY.split(), *options], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "wrong" not in done.stderr, done.stderr
 
 
 def test_a_run_is_not_written_over_and_differences_are_named(run_epbt, capsys, monkeypatch):

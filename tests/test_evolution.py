@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
+from small import SEARCH_SPACE
 
 from errors import ConfigError
 from evolution import (
-    SEARCH_SPACE,
     STREAMS,
     Variable,
     as_array,

@@ -102,6 +102,23 @@ def test_tables_by_hand(three_seeds, tmp_path):
         printed(three_seeds + other, "bset")
 
 
+def test_a_fitness_of_ones_own_may_be_any_number(tmp_path, drawn):
+    log = evolved(0.5, 0.7)
+    for fitness, m in zip((1.5, 2.5, 9.0, 3.5, 150, 250, 350, 450), log[0] + log[1], strict=True):
+        m["fitness"] = -fitness if m["id"] % 2 else fitness
+    log[1][2]["diverged"] = True
+    folder = write(tmp_path / "own-1", log, fitness="mine:metric")
+    draw_run(run := Run(folder))
+    fitness, accuracy = drawn["curves"].axes
+    best, middle = fitness.get_lines()[:2]
+    assert run.fitness_text(3.2) == "3.2"
+    assert best.get_ydata().tolist() == [max(m["fitness"] for m in log[0]),
+                                         max(m["fitness"] for m in log[1] if not m["diverged"])]
+    assert fitness.get_ylim()[1] > best.get_ydata().max() and accuracy.get_ylim()[1] <= 101
+    living = [m["fitness"] for m in log[1] if not m["diverged"]]
+    assert middle.get_ydata()[1] == sorted(living)[1]
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "f1-macro"])
 def test_other_metrics_have_tables_if_a_run_evolved_for_one(metric, tmp_path, drawn):
     """The balanced accuracy is the accuracy here, so it needs no table."""
@@ -152,7 +169,8 @@ def test_a_results_folder_is_whole_and_the_same_bytes_each_time(three_seeds, tmp
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(first) == ["README.md", "accuracy.png", "logs.tar.gz", "losses-best-decay.png",
                              "runs.csv", "schedule-best-decay.png"]
-    assert first["README.md"].startswith(b"# results\n\nCommand: `./run_all.sh x`. Commit: ")
+    head = b"# results\n\nCommand: `./run_all.sh x`. Commits of the runs: abc1234. Machine: "
+    assert first["README.md"].startswith(head)
     (out / "README.md").write_bytes(b"Mine: \xc3\xa4\n" + first["README.md"])
     for path in three_seeds:
         os.utime(path / "log.jsonl", (1, 1))

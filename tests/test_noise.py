@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from small import SEARCH_SPACE
 
 from data import DataError, make_data
-from evolution import SEARCH_SPACE, Variable, initialize, known_loss
+from evolution import Variable, initialize, known_loss
 from taylorglo_ext.reference import reference_loss
 
 

@@ -1,11 +1,13 @@
 """A run's folder: kills, damaged bytes, a full disk. tests/soak.py does this to whole runs."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -305,15 +307,31 @@ def test_only_the_same_individual_is_recalled(tmp_path):
 
 def test_the_individuals_of_the_last_two_generations_are_kept_and_all_that_is_not_ours(tmp_path):
     foreign = [tmp_path / name for name in ("holiday.png", "log.jsonl.old", "individuals/notes.txt",
-                                            "individuals/mine.safetensors")]
+                                            "individuals/mine.safetensors",
+                                            "individuals/000001 (copy).safetensors")]
     (tmp_path / "individuals").mkdir()
     for path in foreign:
         path.write_text("precious")
     play(tmp_path)
     needed = {member["id"] for line in read_log(tmp_path)[-2:] for member in line["population"]}
-    assert {int(p.stem) for p in tmp_path.glob("individuals/0*.safetensors")} == needed
+    assert {int(p.stem) for p in tmp_path.glob("individuals/0?????.safetensors")} == needed
     play(tmp_path, {**CONFIG, "seed": 1}, overwrite=True)
     assert all(path.read_text() == "precious" for path in foreign)
+
+
+def test_a_file_system_without_locks_is_one_line_and_a_run_names_its_commit(tmp_path, monkeypatch):
+    play(tmp_path / "run")
+    commits = {line["commit"] for line in records.read_timing(tmp_path / "run")}
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True,
+                           text=True, cwd=Path(records.__file__).parent).stdout.strip()
+    assert commits == {found}
+
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(records.fcntl, "flock", flock)
+    with pytest.raises(RunError, match="cannot lock .*new: Function not implemented"):
+        RunFolder(tmp_path / "new", CONFIG)
 
 
 def test_what_a_folder_holds_decides_what_may_be_done_with_it(tmp_path):

@@ -81,8 +81,10 @@ def test_a_schedule_brings_its_settings_and_a_cutout_keeps_its_share(edited, fin
     plain = dict(plain_loss="label-smoothing", epochs=[epoch])
     assert Config(**replay_config(edited(**plain))).plain_loss == "label-smoothing"
     assert losses(read_schedule(edited(**plain))) == [label_smoothing]
-    (line,) = pretend(Config(**replay_config(edited(side=32, epochs=[epoch | {"cutout": 16}])))).log
-    assert line["population"][0]["hyperparameters"]["cutout"] == 4  # of 8 pixels
+    for augmentation, cutout in (("cutout=8", 4), ("none", 0)):  # of 8 pixels
+        path = edited(side=32, epochs=[epoch | {"cutout": 16}], augmentation=augmentation)
+        (line,) = pretend(Config(**replay_config(path))).log
+        assert line["population"][0]["hyperparameters"]["cutout"] == cutout
 
 
 def refused(capsys, *options):

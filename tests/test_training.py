@@ -103,6 +103,7 @@ class Replacing(Small):
     ("Small", EVOLVED, dict(layout="contiguous")),
     ("Small", TAYLORGLO, dict(precision="bfloat16")), ("Tied", EVOLVED, dict(average_weights=2.0)),
     ("Whimsical", EVOLVED, dict(average_weights=0.5)),
+    ("Small", EVOLVED, dict(average_weights=0.01)),  # of less than a step: the weights themselves
 ], ids=lambda value: str(value.get("lr_scale", value)) if isinstance(value, dict) else value)
 def test_a_network_and_its_distilled_child_train_as_by_torch_optim_sgd(model, h, given, tmp_path):
     trainer = trainer_of(model, **given)
@@ -213,6 +214,12 @@ def test_the_scores_equal_a_slow_recount_of_what_is_delivered(given, tmp_path, m
     scores = all_metrics(trainer.config, d, model)
     assert scores.keys() == METRICS.keys() and scores["accuracy"] == individual.test_accuracy
     assert wrong.sum() == 36 and individual.scores == {"memorised": sum(right[2]) / 36}
+
+
+def test_without_a_wrong_label_among_the_training_images_none_is_memorised(tmp_path):
+    one = data(label_noise=0.5)
+    one.clean_labels = one.train.labels.clone()  # all the wrong ones are for validation
+    assert trainer_of("Small", one).evaluate(task(tmp_path)).scores == {}
 
 
 def test_the_test_images_influence_nothing_but_the_test_accuracy(tmp_path):

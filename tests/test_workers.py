@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_slots import MEMORY
 
 import tests.soak as soak
@@ -190,6 +191,22 @@ def test_every_gpu_gets_its_share_of_the_slots_or_finds_its_own_number(count, sl
     pool = Processes(replace(CONFIG, device="cuda"), None, count)
     assert [(w.device, w.slots) for w in pool.workers] == [
         (f"cuda:{i}", n) for i, n in enumerate(slots)]
+
+
+def test_a_pool_that_cannot_start_leaves_no_process_and_no_setting_behind(data, monkeypatch):
+    def refuse(*_):
+        raise RunError("its training step cannot be captured")
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(workers.WorkerProcess, "answer", refuse)
+    monkeypatch.setattr(workers, "Trainer", refuse)
+    for start in (lambda: Processes(replace(CONFIG, device="cuda"), data, 0),
+                  lambda: ThisProcess(replace(CONFIG, threads=threads + 1), data)):
+        with pytest.raises(RunError, match="captured"):
+            start()
+    wait_for(lambda: not workers_of(os.getpid()))
+    assert torch.get_num_threads() == threads
 
 
 # Whole runs
