@@ -14,17 +14,14 @@ a GPU, its device time: replays of a captured graph of 20 calls.
   as many bytes as fused
 """
 
-import argparse
-import csv
+import itertools
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from benchmarks.rows import RESULTS, command_line, device_name, spread, write_csv
 from taylorglo_ext import load, loss_and_gradient, taylorglo_loss
 from taylorglo_ext.reference import reference_loss
 
@@ -32,17 +29,10 @@ ROWS, CLASSES = (128, 1024, 8192, 65536), (10, 100, 1000)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METHODS = ("fused", "operator", "reference", "compiled", "triton", "cross_entropy", "clone", "copy")
 GRAPH_CALLS = 20
-FIELDS = (
-    "device", "torch", "threads", "dtype", "teacher", "rows", "classes",
-    "method", "p10_us", "median_us", "p90_us", "samples", "device_us",
-)  # fmt: skip
-RESULTS = Path(__file__).parent / "results"
 
 
-def methods(
-    rows: int, classes: int, dtype: torch.dtype, teacher: bool, device: str
-) -> dict[str, Callable[[], object]]:
-    """What is timed for one cell, by name."""
+def methods(rows, classes, dtype, teacher, device):
+    """{name: function without arguments} of what is timed for one cell."""
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, classes, generator=rng).to(device, dtype).requires_grad_()
     labels = torch.randint(classes, (rows,), generator=rng).to(device)
@@ -54,7 +44,7 @@ def methods(
     compiled_loss = torch.compile(reference_loss, dynamic=True)  # for all sizes
     source, target = logits.detach(), torch.zeros_like(logits.detach())
 
-    def step(loss_function: Callable[..., Tensor], *arguments) -> None:
+    def step(loss_function, *arguments):
         torch.autograd.grad(loss_function(logits, labels, *arguments), logits)
 
     contenders = {
@@ -73,7 +63,7 @@ def methods(
     return contenders
 
 
-def seconds(function: Callable[[], object], calls: int, device: str) -> float:
+def seconds(function, calls, device):
     """The wall time of one of `calls` calls, to the end of the device's work."""
     start = time.perf_counter()
     for _ in range(calls):
@@ -83,10 +73,8 @@ def seconds(function: Callable[[], object], calls: int, device: str) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def sample(
-    functions: dict[str, Callable], device: str, budget: float, least: int
-) -> dict[str, list[float]]:
-    """Times of each function, taken in turns until `budget` seconds have gone, but `least` of
+def sample(functions, device, budget, least):
+    """{name: times} of functions, taken in turns until `budget` seconds have gone, but `least` of
     each."""
     calls = {}
     for name, function in functions.items():
@@ -94,7 +82,7 @@ def sample(
             seconds(function, 1, device)
         calls[name] = max(1, min(100, round(5e-4 / seconds(function, 1, device))))
         seconds(function, calls[name], device)
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times = {name: [] for name in functions}
     end = time.perf_counter() + budget
     while min(map(len, times.values())) < least or time.perf_counter() < end:
         for name, function in functions.items():
@@ -103,7 +91,7 @@ def sample(
     return times
 
 
-def device_seconds(function: Callable[[], object], samples: int = 9) -> float:
+def device_seconds(function, samples=9):
     """The GPU's median time for one call, of replays of a captured graph of GRAPH_CALLS."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -123,87 +111,35 @@ def device_seconds(function: Callable[[], object], samples: int = 9) -> float:
     return statistics.median(times[1:])
 
 
-def device_name(device: str) -> str:
-    """The model of the processor, without the host's name."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU"
-    )
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """The median, and the deciles around it."""
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {"p10": deciles[0], "median": statistics.median(values), "p90": deciles[-1]}
-
-
-def write_csv(path: Path, fields: tuple[str, ...], records: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def describe(
-    cell: dict, times: dict[str, list[float]], device_times: dict[str, float]
-) -> list[dict]:
-    """One record for each method."""
-    records = []
-    for name, values in times.items():
-        quantiles = {f"{key}_us": round(1e6 * value, 2) for key, value in spread(values).items()}
-        on_device = round(1e6 * device_times[name], 2) if name in device_times else ""
-        records.append(
-            {**cell, "method": name, **quantiles, "samples": len(values), "device_us": on_device}
-        )
+def measure(cell, device, budget, least):
+    """The records of one cell, one for each method."""
+    dtype, records = getattr(torch, cell["dtype"]), []
+    functions = methods(cell["rows"], cell["classes"], dtype, bool(cell["teacher"]), device)
+    for name, times in sample(functions, device, budget, least).items():
+        wall = {f"{key}_us": round(1e6 * value, 2) for key, value in spread(times).items()}
+        alone = round(1e6 * device_seconds(functions[name]), 2) if device == "cuda" else ""
+        records.append(cell | dict(method=name, **wall, samples=len(times), device_us=alone))
     return records
 
 
-def print_cell(cell: dict, records: list[dict]) -> None:
+def print_cell(cell, records):
     """One line of wall times, and on a GPU one of device times below it."""
     labels = "distilled" if cell["teacher"] else "hard"
-    for kind in ("median_us", "device_us"):
-        times = {record["method"]: record[kind] for record in records if record[kind] != ""}
+    for kind, where in (("median_us", "wall"), ("device_us", "device")):
+        times = {r["method"]: f"{r[kind]:.1f}" for r in records if r[kind] != ""}
         if times:
-            columns = "".join(
-                f"{times[name]:>14.1f}" if name in times else f"{'-':>14}" for name in METHODS
-            )
-            where = "wall" if kind == "median_us" else "device"
-            print(
-                f"{cell['dtype']:9}{labels:10}{cell['rows']:>6}{cell['classes']:>6} {where:7}"
-                f"{columns}",
-                flush=True,
-            )
+            columns = "".join(f"{times.get(name, '-'):>14}" for name in METHODS)
+            print(f"{cell['dtype']:9}{labels:10}{cell['rows']:>6}{cell['classes']:>6} {where:7}"
+                  f"{columns}", flush=True)
 
 
-def measure(cell: dict, device: str, budget: float, least: int) -> list[dict]:
-    """The records of one cell."""
-    dtype = getattr(torch, cell["dtype"])
-    functions = methods(cell["rows"], cell["classes"], dtype, bool(cell["teacher"]), device)
-    times = sample(functions, device, budget, least)
-    return describe(
-        cell,
-        times,
-        {n: device_seconds(f) for n, f in functions.items()} if device == "cuda" else {},
-    )
-
-
-def plot(records: list[dict], path: Path) -> None:
+def plot(records, path):
     """Time against rows, in float32, one panel for each number of classes; hard labels above,
     distilled below."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        2, len(CLASSES), figsize=(11, 6.5), sharex=True, layout="constrained"
-    )
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    panels = figure.subplots(2, len(CLASSES), sharex=True)
     for line, teacher in zip(panels, (0, 1), strict=True):
         for panel, classes in zip(line, CLASSES, strict=True):
             for method in METHODS:
@@ -213,21 +149,12 @@ def plot(records: list[dict], path: Path) -> None:
                 rows, median = [r["rows"] for r in points], [r["median_us"] for r in points]
                 if not points:
                     continue
-                drawn = panel.plot(
-                    rows,
-                    median,
-                    marker="o",
-                    markersize=3,
-                    label=method,
-                    lw=2 if method == "fused" else 1,
-                )
+                (drawn,) = panel.plot(rows, median, marker="o", markersize=3, label=method,
+                                      lw=2 if method == "fused" else 1)
                 low, high = [r["p10_us"] for r in points], [r["p90_us"] for r in points]
-                panel.fill_between(rows, low, high, color=drawn[0].get_color(), alpha=0.2, lw=0)
-            panel.set(
-                xscale="log",
-                yscale="log",
-                title=f"{'distilled' if teacher else 'hard'} labels, C = {classes}",
-            )
+                panel.fill_between(rows, low, high, color=drawn.get_color(), alpha=0.2, lw=0)
+            panel.set(xscale="log", yscale="log",
+                      title=f"{'distilled' if teacher else 'hard'} labels, C = {classes}")
             panel.set_xticks(rows, rows)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
@@ -235,72 +162,45 @@ def plot(records: list[dict], path: Path) -> None:
         panel.set_xlabel("rows B")
     for panel in panels[:, 0]:
         panel.set_ylabel("forward + backward (µs)")
-    figure.legend(
-        *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS)
-    )
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(METHODS))
     first = records[0]
     threads = f"{first['threads']} threads, " if first["threads"] else ""
-    figure.suptitle(
-        f"float32, {first['device']}, {threads}PyTorch {first['torch']}; "
-        "median, 10th and 90th percentile"
-    )
+    figure.suptitle(f"float32, {first['device']}, {threads}PyTorch {first['torch']}; "
+                    "median, 10th and 90th percentile")
     figure.savefig(path, dpi=80)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="small batches, float32 only; without --out nothing is written",
-    )
-    parser.add_argument(
-        "--rows", type=int, nargs="+", help="numbers of rows in place of the usual ones"
-    )
-    parser.add_argument(
-        "--classes", type=int, nargs="+", default=CLASSES, help="numbers of classes"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="the folder for the results (default benchmarks/results)"
-    )
+def main():
+    parser = command_line(__doc__)
+    parser.add_argument("--quick", action="store_true",
+                        help="small batches, float32 only; results/ stays as it is")
+    parser.add_argument("--rows", type=int, nargs="+", help="numbers of rows, not the usual ones")
+    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES, help="their numbers")
     options = parser.parse_args()
     load("fused", options.device)
     budget, least = (0.3, 3) if options.quick else (3.0, 5)
-    machine = {"device": device_name(options.device), "torch": torch.__version__}
-    machine["threads"] = torch.get_num_threads() if options.device == "cpu" else ""
-    print(
-        ", ".join(f"{key} {value}" for key, value in machine.items() if value),
-        "; median times in µs",
-    )
-    print(
-        f"{'dtype':9}{'labels':10}{'B':>6}{'C':>6}{'':8}"
-        + "".join(f"{name:>14}" for name in METHODS)
-    )
-    folder = options.out or (None if options.quick else RESULTS)
-    records = []
-    for dtype in DTYPES[:1] if options.quick else DTYPES:
-        for teacher in (0, 1):
-            torch.compiler.reset()
-            for classes in options.classes:
-                for rows in options.rows or (ROWS[:2] if options.quick else ROWS):
-                    cell = {
-                        **machine,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "teacher": teacher,
-                    }
-                    cell |= {"rows": rows, "classes": classes}
-                    new = measure(cell, options.device, budget, least)
-                    print_cell(cell, new)
-                    records += new
-                    if folder:  # after each cell, so that it outlives an end in between
-                        write_csv(folder / f"kernel-{options.device}.csv", FIELDS, records)
-    if folder:
-        plot(records, folder / f"kernel-{options.device}.png")
+    machine = {"device": device_name(options.device), "torch": torch.__version__,
+               "threads": torch.get_num_threads() if options.device == "cpu" else ""}
+    print(", ".join(f"{key} {value}" for key, value in machine.items() if value),
+          "; median times in µs")
+    print(f"{'dtype':9}{'labels':10}{'B':>6}{'C':>6}{'':8}"
+          + "".join(f"{name:>14}" for name in METHODS))
+    path, records = options.out / f"kernel-{options.device}.csv", []
+    written = not (options.quick and options.out == RESULTS)
+    for dtype, teacher in itertools.product(DTYPES[:1] if options.quick else DTYPES, (0, 1)):
+        torch.compiler.reset()
+        for classes, rows in itertools.product(
+                options.classes, options.rows or (ROWS[:2] if options.quick else ROWS)):
+            cell = machine | dict(dtype=str(dtype).removeprefix("torch."), teacher=teacher,
+                                  rows=rows, classes=classes)
+            new = measure(cell, options.device, budget, least)
+            print_cell(cell, new)
+            records += new
+            if written:  # after each cell, so that it outlives an end in between
+                write_csv(path, records)
+    if written:
+        plot(records, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

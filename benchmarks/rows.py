@@ -1,40 +1,75 @@
-"""The rows of a benchmark's table: printed, written and drawn."""
+"""What the benchmarks share: the command line, the machine, and the rows of a table, which are
+printed, written and drawn."""
 
+import argparse
+import csv
 import os
+import statistics
+from pathlib import Path
 
 import torch
 
-from benchmarks.kernel import RESULTS, device_name, spread, write_csv
-
+RESULTS = Path(__file__).parent / "results"
 CORES = len(os.sched_getaffinity(0))
 WIDTHS = dict(contender=34, model=10, networks=10, median_s=10, p10_s=10, p90_s=10)  # of columns
 WIDTHS |= dict(images_per_s=14)
 
 
+def command_line(description, devices=("cpu", "cuda")):
+    """A parser with --out and, if there are several devices, --device."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if len(devices) > 1:
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", choices=devices, default=found)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the results")
+    return parser
+
+
+def device_name(device):
+    """The model of the processor, without the host's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, "CPU")
+
+
+def spread(values):
+    """The median, and the deciles around it."""
+    if len(values) == 1:
+        return dict.fromkeys(("p10", "median", "p90"), values[0])
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"p10": deciles[0], "median": statistics.median(values), "p90": deciles[-1]}
+
+
 def record(contender, times, images, model, networks, workers):
     """One row: the seconds of `times`, each of which trains so many images."""
-    seconds = spread(times) if len(times) > 1 else dict.fromkeys(("p10", "median", "p90"), times[0])
-    return dict(
-        contender=contender,
-        model=model,
-        networks=networks,
-        workers=workers,
-        **{f"{name}_s": float(f"{value:.4g}") for name, value in seconds.items()},
-        samples=len(times),
-        images_per_s=round(images / seconds["median"], 1),
-    )
+    seconds = spread(times)
+    return dict(contender=contender, model=model, networks=networks, workers=workers,
+                **{f"{name}_s": float(f"{value:.4g}") for name, value in seconds.items()},
+                samples=len(times), images_per_s=round(images / seconds["median"], 1))
 
 
-def print_and_write(rows, device, name, folder=None):
-    """Print each row when it is there, and write all so far to folder/NAME.csv (default
-    benchmarks/results); then draw them to NAME.png."""
+def write_csv(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        names = dict.fromkeys(key for record in records for key in record)
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def print_and_write(rows, device, name, folder):
+    """Print each row when it is there, and write all so far to folder/NAME.csv; then draw them to
+    NAME.png."""
     machine = dict(device=device_name(device), torch=torch.__version__, cores=CORES)
-    path, records = (folder or RESULTS) / f"{name}.csv", []
+    path, records = folder / f"{name}.csv", []
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     print("".join(f"{name:{width}}" for name, width in WIDTHS.items()))
     for row in rows:
         records.append(machine | row)
-        write_csv(path, tuple(dict.fromkeys(key for r in records for key in r)), records)
+        write_csv(path, records)
         cells = (f"{row.get(name, '')!s:{width}}" for name, width in WIDTHS.items())
         print("".join(cells), flush=True)
     plot(records, path.with_suffix(".png"))
@@ -45,20 +80,14 @@ def plot(records, path):
     from matplotlib.figure import Figure  # here, since workers import this file too
 
     figure = Figure(figsize=(8, 0.6 + 0.32 * len(records)), layout="constrained")
-    names = [f"{r['contender']} ({r['networks']} × {r['model']})" for r in records][::-1]
-    rates = [r["images_per_s"] for r in records][::-1]
-    low = [
-        rate * (1 - r["median_s"] / r["p90_s"])
-        for rate, r in zip(rates, records[::-1], strict=True)
-    ]
-    high = [
-        rate * (r["median_s"] / r["p10_s"] - 1)
-        for rate, r in zip(rates, records[::-1], strict=True)
-    ]
+    records = records[::-1]
+    names = [f"{r['contender']} ({r['networks']} × {r['model']})" for r in records]
+    rates = [r["images_per_s"] for r in records]
+    low = [r["images_per_s"] * (1 - r["median_s"] / r["p90_s"]) for r in records]
+    high = [r["images_per_s"] * (r["median_s"] / r["p10_s"] - 1) for r in records]
     axes = figure.subplots()
     axes.barh(names, rates, xerr=[low, high], color="#4878a8", ecolor="#333333", capsize=2)
-    axes.set(
-        xlabel="training images/s", title=f"{records[0]['device']}, PyTorch {records[0]['torch']}"
-    )
+    title = f"{records[0]['device']}, PyTorch {records[0]['torch']}"
+    axes.set(xlabel="training images/s", title=title)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=80)

@@ -6,17 +6,15 @@ first run searches the number of slots and the others remember it, and what its 
 its imports is timed apart.
 """
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from benchmarks.kernel import RESULTS, device_name
+from benchmarks.rows import command_line, device_name
 from benchmarks.throughput import whole
 from epbt import read_data
 from settings import settings
@@ -31,17 +29,12 @@ def lines(device, runs):
     yield f"{device_name(device)}, PyTorch {torch.__version__}"
     config = whole(dataset="digits", device=device)  # builds the loss, if need be
     with tempfile.TemporaryDirectory() as folder:
-        caches = dict(
-            XDG_CACHE_HOME=folder, TORCH_EXTENSIONS_DIR=str(cached_library("cpu").parents[1])
-        )
+        caches = {"XDG_CACHE_HOME": folder,
+                  "TORCH_EXTENSIONS_DIR": str(cached_library("cpu").parents[1])}
         for i in range(runs):
-            said = subprocess.run(
-                [sys.executable, *RUN, "--device", device, "--out", f"{folder}/run"],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | caches,
-            ).stdout
+            said = subprocess.check_output(
+                [sys.executable, *RUN, "--device", device, "--out", f"{folder}/run"], text=True,
+                env=os.environ | caches)
             ready = next(line for line in said.splitlines() if line.startswith("ready in"))
             yield f"run {i + 1}: {ready}"
         if device == "cuda":
@@ -67,14 +60,8 @@ def worker(config):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder for the results")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with open(options.out / f"startup-{options.device}.txt", "w", encoding="utf-8") as file:

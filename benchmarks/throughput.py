@@ -20,7 +20,6 @@ then how the time of a generation grows with the number of networks and with the
 training step of each of the paper's networks takes a worker.
 """
 
-import argparse
 import copy
 import itertools
 import multiprocessing
@@ -28,7 +27,6 @@ import tempfile
 import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +34,7 @@ import torch
 import torch.nn.functional as F
 
 from augmentation import draw_augmentation, make_batch, normalize
-from benchmarks.rows import CORES, print_and_write, record
+from benchmarks.rows import CORES, command_line, print_and_write, record
 from config import Config
 from data import ImageSet, make_data
 from epbt import METHODS, make_pool, read_data, settled
@@ -49,15 +47,8 @@ from training import EVALUATION_BATCH, Trainer
 from workers import Workers, keep_freed_memory
 
 CHILDREN = 4
-SMALL = dict(
-    dataset="fashion",
-    preset="paper",
-    model="resnet8",
-    limit=2000,
-    validation=500,
-    epochs=1,
-    generations=1000,
-)
+SMALL = dict(dataset="fashion", preset="paper", model="resnet8", limit=2000, validation=500,
+             epochs=1, generations=1000)
 PAPER_MODELS = "resnet32", "wrn-10-12", "wrn-16-8", "wrn-22-6", "wrn-28-5"
 
 
@@ -67,9 +58,8 @@ PAPER_MODELS = "resnet32", "wrn-10-12", "wrn-16-8", "wrn-22-6", "wrn-28-5"
 def plain_epoch(model, optimizer, config, data, rng, loss):
     """An epoch of training in plain PyTorch. loss: called as loss(images, logits, labels)."""
     order = torch.from_numpy(rng.permutation(len(data.train)))
-    draws = torch.from_numpy(
-        draw_augmentation(data.augmentation, len(order), data.height, data.width, rng)
-    )
+    draws = draw_augmentation(data.augmentation, len(order), data.height, data.width, rng)
+    draws = torch.from_numpy(draws)
     for i in range(0, len(order) - config.batch_size + 1, config.batch_size):
         index, some = order[i : i + config.batch_size], draws[i : i + config.batch_size]
         images = make_batch(data.train.images, index, some, data.augmentation, data.mean, data.std)
@@ -81,11 +71,8 @@ def plain_epoch(model, optimizer, config, data, rng, loss):
 @torch.no_grad()
 def plain_accuracy(model, data, image_set):
     correct = 0
-    for images, labels in zip(
-        image_set.images.split(EVALUATION_BATCH),
-        image_set.labels.split(EVALUATION_BATCH),
-        strict=True,
-    ):
+    parts = (tensor.split(EVALUATION_BATCH) for tensor in (image_set.images, image_set.labels))
+    for images, labels in zip(*parts, strict=True):
         correct += (model(normalize(images, data.mean, data.std)).argmax(1) == labels).sum().item()
     return correct / len(image_set)
 
@@ -93,23 +80,16 @@ def plain_accuracy(model, data, image_set):
 def bare_generation(config, data, networks, layout):
     """Train and score so many networks in plain PyTorch. layout: a memory format, of weights and
     activations."""
-    theta, alpha, rng = (
-        torch.tensor([0.0, 0.5, 0, 0, 0, 20, -40, 0]),
-        torch.tensor(0.4),
-        np.random.default_rng(0),
-    )
+    theta, alpha = torch.tensor([0.0, 0.5, 0, 0, 0, 20, -40, 0]), torch.tensor(0.4)
+    rng = np.random.default_rng(0)
     for _ in range(networks):
-        model, teacher = (
-            make_model(config.model, data.num_classes, data.channels, seed).to(memory_format=layout)
-            for seed in (0, 1)
-        )
-        if (
-            layout is not torch.channels_last
-        ):  # make_batch()'s images are; contiguous() would leave those of one channel
+        model, teacher = (make_model(config.model, data.num_classes, data.channels, seed)
+                          .to(memory_format=layout) for seed in (0, 1))
+        if layout is not torch.channels_last:
+            # make_batch()'s images are; contiguous() would leave those of one channel.
             for network in (model, teacher):
                 network.register_forward_pre_hook(
-                    lambda network, images: images[0].clone(memory_format=layout)
-                )
+                    lambda network, images: images[0].clone(memory_format=layout))
         teacher.eval()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -136,19 +116,13 @@ def bare_worker(config, data, networks, layout, pipe):
 @contextmanager
 def bare(config, data, processes, layout=torch.channels_last):
     """Each process does its share of the networks, with its share of the cores as threads."""
-    config, context = (
-        replace(config, threads=max(1, CORES // processes)),
-        multiprocessing.get_context("spawn"),
-    )
-    pipes, started = [], []
+    config = replace(config, threads=max(1, CORES // processes))
+    context, pipes, started = multiprocessing.get_context("spawn"), [], []
     for i in range(processes):
         ours, theirs = context.Pipe()
         share = CHILDREN // processes + (i < CHILDREN % processes)
-        started.append(
-            context.Process(
-                target=bare_worker, args=(config, data, share, layout, theirs), daemon=True
-            )
-        )
+        arguments = config, data, share, layout, theirs
+        started.append(context.Process(target=bare_worker, args=arguments, daemon=True))
         started[-1].start()
         pipes.append(ours)
 
@@ -167,16 +141,13 @@ def bare(config, data, processes, layout=torch.channels_last):
 def ours(config, data, workers, networks=CHILDREN):
     """A generation of Algorithm 1 after its first ones: `networks` children, as many elites."""
     config = replace(config, population=2 * networks, elites=networks, workers=workers)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(RunFolder(folder, config.identity())) as run,
-    ):
+    with (tempfile.TemporaryDirectory() as folder,
+          closing(RunFolder(folder, config.identity())) as run):
         run.begin()
         progress = SimpleNamespace(update=lambda n: None)
         with closing(make_pool(config, data)) as pool:
-            generations = METHODS["epbt"](
-                config, config.search_space(), data, Workers(pool, run, progress), run
-            )
+            workers = Workers(pool, run, progress)
+            generations = METHODS["epbt"](config, config.search_space(), data, workers, run)
             for _ in range(2):  # the initial population, and the first one that has a teacher
                 next(generations)
             yield lambda: next(generations)
@@ -186,9 +157,8 @@ def take_turns(contenders, rounds):
     """{name: seconds of its generations}. contenders: {name: context manager}."""
     times = {name: [] for name in contenders}
     with ExitStack() as stack:
-        generations = {
-            name: stack.enter_context(contender) for name, contender in contenders.items()
-        }
+        generations = {name: stack.enter_context(contender)
+                       for name, contender in contenders.items()}
         for generation in generations.values():
             generation()
         for _, (name, generation) in itertools.product(range(rounds), generations.items()):
@@ -214,21 +184,16 @@ def on_cpu(options):
     rough, n, few = replace(config, precision="bfloat16"), CORES, max(1, rounds // 2)
     contenders = {
         "bare processes": (bare(config, data, n), config.model, CHILDREN, n),
-        "bare, not channels last": (
-            bare(config, data, n, torch.contiguous_format),
-            config.model,
-            CHILDREN,
-            n,
-        ),
+        "bare, not channels last": (bare(config, data, n, torch.contiguous_format), config.model,
+                                    CHILDREN, n),
         "one process": (bare(config, data, 1), config.model, CHILDREN, 1),
         "epbt": (ours(config, data, n), config.model, CHILDREN, n),
         "epbt, one worker": (ours(config, data, 1), config.model, CHILDREN, 1),
         "epbt, bfloat16": (ours(rough, data, n), config.model, CHILDREN, n),
     }
     yield from records_of(contenders, config, data, rounds)
-    yield record(
-        "stacked", stacked(config, data, CHILDREN, few), CHILDREN * 128, config.model, CHILDREN, 1
-    )
+    times = stacked(config, data, CHILDREN, few)
+    yield record("stacked", times, CHILDREN * 128, config.model, CHILDREN, 1)
     for networks in (2, 8):
         contender = ours(config, data, n, networks), config.model, networks, n
         yield from records_of({f"P = {2 * networks}": contender}, config, data, few)
@@ -259,10 +224,8 @@ def steps(config, data, rounds):
 def stacked(config, data, networks, rounds, batch=128):
     """Seconds of a training step of so many networks as one, by torch.func: each on a batch of its
     own, distilled from one teacher. Less work than a worker's, as the images are not augmented."""
-    *models, teacher = (
-        make_model(config.model, data.num_classes, data.channels, seed)
-        for seed in range(networks + 1)
-    )
+    *models, teacher = (make_model(config.model, data.num_classes, data.channels, seed)
+                        for seed in range(networks + 1))
     teacher.eval()
     parameters, buffers = torch.func.stack_module_state(models)
     # Detached, or each step would be recorded for a backward outside of torch.func, and kept.
@@ -273,9 +236,8 @@ def stacked(config, data, networks, rounds, batch=128):
     images, labels = torch.randn(shape), torch.randint(data.num_classes, shape[:2])
 
     def loss(parameters, buffers, images, targets):
-        return F.cross_entropy(
-            torch.func.functional_call(skeleton, (parameters, buffers), (images,)), targets
-        )
+        logits = torch.func.functional_call(skeleton, (parameters, buffers), (images,))
+        return F.cross_entropy(logits, targets)
 
     def step():
         with torch.no_grad():
@@ -298,12 +260,8 @@ def random_cifar10(n):
     """Random images of CIFAR-10's shape, with its augmentation; 1,250 are for validation."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, n)
-    return make_data(
-        images,
-        tuple(part[:10_000] for part in images),
-        validation=1250,
-        augmentation="flip shift=4 cutout=16",
-    )
+    test = tuple(part[:10_000] for part in images)
+    return make_data(images, test, validation=1250, augmentation="flip shift=4 cutout=16")
 
 
 def records_of(contenders, config, data, rounds):
@@ -314,19 +272,11 @@ def records_of(contenders, config, data, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the code")
-    parser.add_argument(
-        "--out", type=Path, help="the folder for the results (default benchmarks/results)"
-    )
     options = parser.parse_args()
     if options.device == "cpu" and (options.deterministic or options.compile):
         parser.error("--deterministic and --compile are for a GPU")

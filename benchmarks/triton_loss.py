@@ -9,34 +9,23 @@ each problem before it is timed.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-CONFIGS = [
-    triton.Config({"ROWS": rows}, num_warps=warps)
-    for rows in (1, 2, 4, 8, 16, 32)
-    for warps in (1, 2, 4, 8)
-]
+CONFIGS = [triton.Config({"ROWS": rows}, num_warps=warps)
+           for rows in (1, 2, 4, 8, 16, 32) for warps in (1, 2, 4, 8)]
 
 
-def fitting(configs: list, arguments: dict, **_) -> list:
+def fitting(configs, arguments, **_):
     """The configurations with 2 to 64 numbers in a thread, or the nearest to that."""
 
-    def in_a_thread(config: triton.Config) -> float:
-        return (
-            config.kwargs["ROWS"]
-            * triton.next_power_of_2(arguments["classes"])
-            / (32 * config.num_warps)
-        )
+    def in_a_thread(config):
+        columns = triton.next_power_of_2(arguments["classes"])
+        return config.kwargs["ROWS"] * columns / (32 * config.num_warps)
 
     return [c for c in configs if 2 <= in_a_thread(c) <= 64] or [min(configs, key=in_a_thread)]
 
 
-@triton.autotune(
-    CONFIGS,
-    key=["rows", "classes", "DISTILLED"],
-    prune_configs_by={"early_config_prune": fitting},
-    reset_to_zero=["loss"],
-)
+@triton.autotune(CONFIGS, key=["rows", "classes", "DISTILLED"], reset_to_zero=["loss"],
+                 prune_configs_by={"early_config_prune": fitting})
 @triton.jit
 def kernel(logits, labels, theta, teacher, alpha, gradient, loss, rows, classes,
            DISTILLED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
@@ -65,13 +54,7 @@ def kernel(logits, labels, theta, teacher, alpha, gradient, loss, rows, classes,
     tl.atomic_add(loss, scale * tl.sum(tl.where(there, f, 0.0)))
 
 
-def triton_loss(
-    logits: Tensor,
-    labels: Tensor,
-    theta: Tensor,
-    teacher_logits: Tensor | None = None,
-    alpha: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def triton_loss(logits, labels, theta, teacher_logits=None, alpha=None):
     """As ``taylorglo_ext.loss_and_gradient``, for contiguous float32 or bfloat16 logits (B, C) on a
     GPU."""
     rows, classes = logits.shape

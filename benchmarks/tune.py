@@ -8,7 +8,6 @@ PyTorch. They take turns, each started as a user does, for generations of three 
 ``--run ours`` and ``--run plain`` are one run of Ray Tune alone.
 """
 
-import argparse
 import itertools
 import shutil
 import subprocess
@@ -25,7 +24,7 @@ from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
 
 from baselines import RESET_PROBABILITY, TRUNCATION
-from benchmarks.rows import CORES, print_and_write, record
+from benchmarks.rows import CORES, command_line, print_and_write, record
 from benchmarks.throughput import plain_accuracy, plain_epoch, whole
 from epbt import read_data
 from models import make_model
@@ -33,15 +32,8 @@ from records import Individual, load_individual
 from training import Task
 from workers import ThisProcess
 
-RUN = dict(
-    method="pbt",
-    dataset="digits",
-    device="cpu",
-    model="resnet8",
-    population=8,
-    generations=10,
-    seed=1,
-)
+RUN = dict(method="pbt", dataset="digits", device="cpu", model="resnet8", population=8,
+           generations=10, seed=1)
 RATE = "lr_scale"
 
 
@@ -88,35 +80,23 @@ class PlainMember(tune.Trainable):
         seed = int(self.rng.integers(2**63))
         self.model = make_model(self.run.model, self.data.num_classes, self.data.channels, seed)
         self.model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            momentum=self.run.momentum,
-            lr=self.run.learning_rate * config[RATE],
-        )
+        rate = self.run.learning_rate * config[RATE]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), rate, self.run.momentum)
         return True
 
     def step(self):
         self.model.train()
         for _ in range(self.run.epochs):
-            plain_epoch(
-                self.model,
-                self.optimizer,
-                self.run,
-                self.data,
-                self.rng,
-                lambda images, logits, labels: F.cross_entropy(logits, labels),
-            )
+            plain_epoch(self.model, self.optimizer, self.run, self.data, self.rng,
+                        lambda images, logits, labels: F.cross_entropy(logits, labels))
         self.model.eval()
-        fitness, _ = (
-            plain_accuracy(self.model, self.data, part)
-            for part in (self.data.validation, self.data.test)
-        )
+        fitness, _ = (plain_accuracy(self.model, self.data, part)
+                      for part in (self.data.validation, self.data.test))
         return {"fitness": fitness}
 
     def save_checkpoint(self, folder):
-        torch.save(
-            (self.model.state_dict(), self.optimizer.state_dict()), Path(folder) / "individual.pt"
-        )
+        state = self.model.state_dict(), self.optimizer.state_dict()
+        torch.save(state, Path(folder) / "individual.pt")
 
     def load_checkpoint(self, folder):
         model, optimizer = torch.load(Path(folder) / "individual.pt")
@@ -130,36 +110,22 @@ def with_tune(member, epochs):
     run = whole(**RUN, epochs=epochs)
     data, (rate,) = read_data(run, None, None), run.search_space()
     assert rate.name == RATE
-    ray.init(
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={
-            "env_vars": {"PYTHONPATH": ":".join([str(Path(__file__).parents[1]), *sys.path[1:]])}
-        },
-    )
+    path = ":".join([str(Path(__file__).parents[1]), *sys.path[1:]])
+    ray.init(include_dashboard=False, log_to_driver=False,
+             runtime_env={"env_vars": {"PYTHONPATH": path}})
+    drawn = {RATE: tune.loguniform(rate.low, rate.high)}
     scheduler = PopulationBasedTraining(
-        perturbation_interval=1,
-        quantile_fraction=TRUNCATION,
-        resample_probability=RESET_PROBABILITY,
-        hyperparam_mutations={RATE: tune.loguniform(rate.low, rate.high)},
-    )
+        perturbation_interval=1, quantile_fraction=TRUNCATION,
+        resample_probability=RESET_PROBABILITY, hyperparam_mutations=drawn)
+    trainable = tune.with_resources(
+        tune.with_parameters(member, run=run, data=data), {"cpu": run.threads})
     with tempfile.TemporaryDirectory() as storage:
         results = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(member, run=run, data=data), {"cpu": run.threads}
-            ),
-            param_space={RATE: tune.loguniform(rate.low, rate.high)},
-            tune_config=tune.TuneConfig(
-                metric="fitness",
-                mode="max",
-                num_samples=run.population,
-                scheduler=scheduler,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                stop={"training_iteration": run.generations}, storage_path=storage, verbose=0
-            ),
-        ).fit()
+            trainable, param_space=drawn,
+            tune_config=tune.TuneConfig(metric="fitness", mode="max", num_samples=run.population,
+                                        scheduler=scheduler, reuse_actors=True),
+            run_config=tune.RunConfig(stop={"training_iteration": run.generations},
+                                      storage_path=storage, verbose=0)).fit()
     if results.errors:
         raise results.errors[0]
     print(f"best fitness {results.get_best_result().metrics['fitness']:.4f}")
@@ -168,9 +134,8 @@ def with_tune(member, epochs):
 def rows(rounds):
     """Yields the records of whole runs, started in turn."""
     ours = [f"--{name}={value}" for name, value in RUN.items()]
-    images = (
-        len(read_data(whole(**RUN), None, None).train) // 64 * 64 * 80
-    )  # of an epoch of all generations
+    n = len(read_data(whole(**RUN), None, None).train)
+    images = n // 64 * 64 * 80  # of an epoch of all generations
     with tempfile.TemporaryDirectory() as folder:
         programs = {
             "epbt.py --method pbt": ["epbt.py", *ours, "--out", f"{folder}/run", "--overwrite"],
@@ -181,30 +146,19 @@ def rows(rounds):
             times = {name: [] for name in programs}
             for _, (name, program) in itertools.product(range(rounds), programs.items()):
                 start = time.perf_counter()
-                subprocess.run(
-                    [sys.executable, *program, "--epochs", str(epochs)],
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                )
+                subprocess.check_output([sys.executable, *program, "--epochs", str(epochs)])
                 times[name].append(time.perf_counter() - start)
             for name, values in times.items():
-                yield record(
-                    f"{name}; {epochs} epochs", values, images * epochs, RUN["model"], 80, CORES
-                )
+                name = f"{name}; {epochs} epochs"
+                yield record(name, values, images * epochs, RUN["model"], 80, CORES)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--run", choices=("ours", "plain"), help="one run of Ray Tune, with this training"
-    )
+    parser = command_line(__doc__, devices=["cpu"])
+    parser.add_argument("--run", choices=("ours", "plain"),
+                        help="one run of Ray Tune, with this training")
     parser.add_argument("--epochs", type=int, default=3, help="a generation, of --run")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--out", type=Path, help="the folder for the results (default benchmarks/results)"
-    )
     options = parser.parse_args()
     if options.run:
         with_tune({"ours": Member, "plain": PlainMember}[options.run], options.epochs)
