@@ -32,10 +32,11 @@ def parse_augmentation(text, size):
     if re.fullmatch(r"none|(\b(flip|(shift|cutout)(=\d+)?)\b[\s,]*)+", text):
         found = Augmentation(**{name: int(number) if number else usual[name]
                                 for name, number in re.findall(r"([fsc]\w+)=?(\d*)", text)})
-        if found.shift < size:
+        if found.shift < size and found.cutout <= size:
             return found
     raise DataError("--augmentation must be none, or some of flip, shift=PIXELS and cutout=PIXELS, "
-                    f"the shift below the images' {size} pixels, not {text!r}")
+                    f"the shift below the images' {size} pixels and the cutout at most as large, "
+                    f"not {text!r}")
 
 
 def draw_augmentation(augmentation: Augmentation, n, height, width, rng: np.random.Generator):
@@ -69,9 +70,20 @@ def make_batch(images, index, draws, augmentation: Augmentation, mean, std, cuto
 
 
 def normalize(images, mean, std) -> torch.Tensor:
-    """(B, C, H, W) uint8 to float32 of mean 0 and variance 1 (Sec. 4.1), channels last."""
-    images = images.permute(0, 2, 3, 1)
+    """(B, C, H, W) uint8, or floats in [0, 1], to float32 of mean 0 and variance 1 (Sec. 4.1),
+    channels last. Raises DataError."""
+    images = to_uint8(images).permute(0, 2, 3, 1)
     return standardize(images, mean, std).view(images.shape).permute(0, 3, 1, 2)
+
+
+def to_uint8(images):
+    """Images of uint8, or of floats in [0, 1], as uint8. Raises DataError."""
+    if images.is_floating_point() and images.numel() and images.min() >= 0 and images.max() <= 1:
+        images = (images * 255).round().to(torch.uint8)
+    if images.dtype != torch.uint8:
+        raise DataError(f"images are {images.dtype}; they must be uint8, or floats in [0, 1], not "
+                        "yet normalised")
+    return images
 
 
 def crop(images, index, dy, dx, shift):

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
-from augmentation import Augmentation, draw_augmentation, make_batch, parse_augmentation
+from augmentation import Augmentation, draw_augmentation, make_batch, parse_augmentation, to_uint8
 from augmentation import normalize as normalize  # users may import it from here
 from config import floor
 from errors import DataError, nearest, plain, told
@@ -75,11 +76,13 @@ class Data:
         sets = self.train, self.validation, self.test
         counts = [s.labels.bincount(minlength=self.num_classes).tolist() for s in sets]
         classes, rest = list(zip(*counts, self.class_names, strict=True)), ""
+        low, high = self.test.images.aminmax()
         if len(classes) > 20:
-            classes, rest = [min(classes), max(classes)], "; the others lie between"
+            classes = [min(classes), max(classes)]
+            rest = "; the others have numbers of training images between"
         classes = "; ".join(f"{name} {n}" for *n, name in classes)
         lines = [f"data {self.name}: {self.num_classes} classes, {self.height}x{self.width} "
-                 f"pixels, channels: {self.channels}",
+                 f"pixels, channels: {self.channels}, values {low} to {high}",
                  f"training, validation and test images: {list(map(len, sets))}; {classes}{rest}",
                  f"at random to each training image: {self.augmentation}", *self.notes]
         return list(map(plain, lines))
@@ -87,6 +90,7 @@ class Data:
 
 DATASETS = {"digits": read_digits, "fashion": read_fashion,
             "fashion-long-tail": read_long_tail, "cifar10": read_cifar10, "svhn": read_svhn}
+ROUNDED = "images of floats rounded to 256 levels"
 CAREFUL = 'if flips and cutouts cannot change a class, use --augmentation "flip shift cutout"'
 
 
@@ -150,12 +154,12 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
     The others are as in Config. Training and validation have each class in its share, at least one
     image. `limit` counts both. Label noise leaves the test alone. Raises DataError."""
     notes = list(notes)
-    listed = [source.classes for source in (train, test)  # torchvision's data sets have such lists
-              if isinstance(getattr(source, "classes", None), list | tuple)]
+    listed = [names for names in map(listed_classes, (train, test)) if names]
     if listed:
         refuse_other_classes(listed[0], listed[-1], "train.classes and test.classes must agree")
     train, test = read_images(train, "training", notes), read_images(test, "test", notes)
-    class_names = check(train, test, class_names or next(iter(listed), None))
+    class_names = next(iter(listed), None) if class_names is None else class_names
+    class_names = check(train, test, class_names)
     augmentation = parse_augmentation(augmentation, min(train.images.shape[2:]))
     # Nothing else draws from these three random streams.
     rngs = [np.random.default_rng((seed, 0xDA7A, i)) for i in range(3)]
@@ -178,17 +182,27 @@ def make_data(train, test, *, name="custom", class_names=None, seed=0, validatio
                 mean, std, augmentation, clean, tuple(notes))
 
 
+def listed_classes(source):
+    """The names of a Dataset's classes, if it has a list `classes`, as torchvision's do, or is a
+    Subset of one that has."""
+    while isinstance(source, Subset):
+        source = source.dataset
+    found = getattr(source, "classes", ())
+    return tuple(found) if isinstance(found, list | tuple | np.ndarray) else ()
+
+
 def check(train, test, class_names):
     """Return the names of the classes as text. Raises DataError if the parts do not fit."""
     shape, test_shape = (tuple(s.images.shape[1:]) for s in (train, test))
     if shape != test_shape:
         raise DataError(f"the training images are {shape}, but the test images {test_shape}")
     found = len(train.labels.unique())
-    names = tuple(map(plain, class_names or range(found)))
+    names = tuple(map(plain, range(found) if class_names is None else class_names))
     low, high = torch.cat([train.labels, test.labels]).aminmax()
     if low < 0 or high >= len(names):
         raise DataError(f"the labels are {low} to {high}, {found} classes in training; accepted "
-                        f"are 0 to {len(names) - 1}, with gaps only where class_names has them all")
+                        f"are 0 to {len(names) - 1}, with gaps only where the Dataset's classes or "
+                        "class_names list them all")
     counts, tests = (s.labels.bincount(minlength=len(names)).tolist() for s in (train, test))
     rare = [i for i, n in enumerate(counts) if n == 1 or n == 0 and tests[i]]
     if rare:
@@ -234,7 +248,7 @@ def pixel_statistics(images, index):
     share, values = counts.double() / counts.sum(1, keepdim=True), torch.arange(256.0).double()
     mean = share @ values
     std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
-    return mean.float(), std.clamp(min=1).float()  # no division by 0
+    return mean.float(), std.where(std > 0, 1).float()  # no division by 0
 
 
 def enlarged(image_set, copies, augmentation, mean, std, rng):
@@ -254,10 +268,12 @@ def read_images(source, part, notes):
     with told(f"the {part} data ({type(source).__name__})",
               "; accepted are a pair (images, labels), and a map-style Dataset of (image, label)"):
         if isinstance(source, tuple | list) and len(source) == 2:
-            images, labels = to_uint8(source[0]), as_tensor(source[1])
+            given, labels = map(as_tensor, source)
+            done = Counter([ROUNDED] * (len(given) * given.is_floating_point()))
+            images = to_uint8(given)
         else:
             images, labels, done = read_dataset(source)
-            notes.extend(f"{n} {part} {what}" for what, n in done.items())
+        notes.extend(f"{n} {part} {what}" for what, n in done.items())
         shape = tuple(images.shape)
         channels_last = len(shape) == 4 and shape[3] <= 4 < shape[1]
         if (len(shape) != 4 or channels_last or 0 in shape or shape[:1] != labels.shape
@@ -269,7 +285,7 @@ def read_images(source, part, notes):
 
 
 def read_dataset(dataset):
-    """Images, labels, and a Counter of what was done to the PIL images of a map-style Dataset."""
+    """Images, labels, and a Counter of what was done to the images of a map-style Dataset."""
     images, labels, done = [], [], Counter()
     for i in progress(range(len(dataset)), len(dataset), "data set"):
         with told(f"item {i}"):
@@ -279,20 +295,15 @@ def read_dataset(dataset):
                 image, steps = prepared(image)
                 image = np.atleast_3d(np.array(image)).transpose(2, 0, 1)
                 done.update(steps)
+            image = as_tensor(image)
+            done.update([ROUNDED] * image.is_floating_point())
             images.append(to_uint8(image))
+            if image.shape != images[0].shape:
+                raise DataError(f"an image of the shape {tuple(image.shape)}, while the first is "
+                                f"{tuple(images[0].shape)}; all must have one")
     return torch.stack(images) if images else torch.empty(0), torch.tensor(labels), done
 
 
 def as_tensor(array):
     is_tensor = isinstance(array, torch.Tensor)
     return array.cpu() if is_tensor else torch.from_numpy(np.ascontiguousarray(array))
-
-
-def to_uint8(images):
-    images = as_tensor(images)
-    if images.is_floating_point() and images.numel() and images.min() >= 0 and images.max() <= 1:
-        images = (images * 255).round().to(torch.uint8)
-    if images.dtype != torch.uint8:
-        raise DataError(f"images are {images.dtype}; they must be uint8, or floats in [0, 1], not "
-                        "yet normalised")
-    return images

@@ -26,7 +26,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from errors import RunError, plain
 from records import living_fitness, rank
-from tables import Run, curve, final, group, noisy, tables, write_logs
+from tables import Run, curve, final, group, noisy, scale, tables, write_logs
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
 TABLES = "<!-- figures.py writes what follows and leaves what is above -->"
@@ -210,6 +210,9 @@ def compared_figures(problems):
     panels = {problem + noisy(noise): rows for problem, levels in problems.items()
               for noise, rows in levels.items()}
     figures, note = {}, "mean and standard error of the fittest individual"
+    if any(len({len(run.log) for run in runs}) > 1 for rows in panels.values()
+           for runs in rows.values()):
+        note += "; a replay that has ended counts with its end"
     for key, name, ylabel in (("test_accuracy", "accuracy", "test accuracy (%)"),
                               ("memorised", "memorisation", "wrong labels reproduced (%)")):
         lines = {title: {row: curve(runs, key) for row, runs in rows.items()}
@@ -228,12 +231,12 @@ def compared_figures(problems):
 def row_figures(problems):
     """{name: figure}: Figures 5 and 6 of each row that evolves, for the most wrong labels."""
     figures = {}
-    for problem, levels in problems.items():
+    for i, (problem, levels) in enumerate(problems.items(), 1):
         noise, rows = list(levels.items())[-1]
         for row, runs in rows.items():
             if runs[0].config["method"] != "replay":
                 found = evolved_figures(runs, f"{row}: {problem}{noisy(noise)}")
-                more = f"-{problem.replace('/', '-')}" * (len(problems) > 1)
+                more = f"-{i}" * (len(problems) > 1)
                 figures |= {f"{kind}-{row}{more}": figure for kind, figure in found.items()}
     return figures
 
@@ -252,18 +255,17 @@ def save(figures, folder, svg=True):
 @matplotlib.style.context(STYLE)
 def draw_run(run):
     """Draw a run's curves, lineage and Figures 5 and 6 into its folder. Returns their names."""
-    scale = 1 if run.own_metric else 100
     name = "best fitness" + f" ({run.metric})" * (run.metric != "accuracy")
-    fitness = {name: curve([run], "fitness", scale)}
+    fitness, factor = {name: curve([run], "fitness")}, scale(run.metric)
     if several := len(run.log[0]["population"]) > 1:
-        middle = [scale * median(living_fitness(line["population"])) for line in run.log]
+        middle = [factor * median(living_fitness(line["population"])) for line in run.log]
         fitness["median fitness"] = run.epochs, np.array(middle), None
     accuracy = {"test accuracy of the fittest": curve([run]),
                 "wrong labels that it reproduces": curve([run], "memorised")}
-    panels = {str(run): fitness | accuracy}
-    if run.own_metric:
-        panels = {f"{run}: fitness": fitness, "of the fittest, in %": accuracy}
-    figures = {"curves": figure_lines(panels, "epochs of training", "" if run.own_metric else "%")}
+    panels, unit = {str(run): fitness | accuracy}, "%"
+    if factor == 1:
+        panels, unit = {f"{run}: fitness": fitness, "of the fittest, in %": accuracy}, ""
+    figures = {"curves": figure_lines(panels, "epochs of training", unit)}
     if several:
         figures["lineage"] = figure_lineage(run)
     figures |= evolved_figures([run], str(run))
@@ -301,13 +303,13 @@ def compare(folders: Positional[tuple[Path, ...]], out: Path,
     if readme.exists():
         head = readme.read_text(encoding="utf-8").split(TABLES)[0]
     else:
-        where = subprocess.check_output(MACHINE, shell=True, text=True)
-        commits = ", ".join(dict.fromkeys(commit for run in runs for commit in run.commits))
+        where = " ".join(subprocess.check_output(MACHINE, shell=True, text=True).split())
         command = plain(command or f"python figures.py --out {out}")
-        head = (f"# {plain(out.name)}\n\nCommand: `{command}`. Commits of the runs: "
-                f"{commits or 'unknown'}. Machine: {' '.join(where.split())}.\n\n")
+        head = f"# {plain(out.name)}\n\nCommand: `{command}`. Machine: {where}.\n\n"
     pictures = "".join(f"\n![{name}]({name}.png)\n" for name in figures)
-    readme.write_text(f"{head}{TABLES}\n\n{text}{pictures}", encoding="utf-8")
+    commits = ", ".join(dict.fromkeys(commit for run in runs for commit in run.commits))
+    commits = f"Commits of the runs: {commits}.\n\n" * bool(commits)  # older runs have none
+    readme.write_text(f"{head}{TABLES}\n\n{commits}{text}{pictures}", encoding="utf-8")
     return text
 
 

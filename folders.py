@@ -85,7 +85,8 @@ class Intake:
         with told(f"cannot read the folder {folder}"):
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
                 text = entry.is_file() and Path(entry.name).suffix.lower() in TEXTS
-                if text or entry.name.startswith("."):  # .ipynb_checkpoints, ._1.png of macOS
+                # Such as .ipynb_checkpoints, and of macOS ._1.png and __MACOSX.
+                if text or entry.name.startswith((".", "__MACOSX")):
                     self.notes["hidden files and texts left out"].add(entry.path)
                 elif entry.is_dir() or entry.is_file():
                     yield entry
@@ -108,7 +109,8 @@ class Intake:
             return train, test
         if are_splits or len(set(within)) < len(within):  # two subfolders have one name
             raise DataError(f"{folder} has the subfolders {', '.join(splits or nested)}, which "
-                            f"look like parts of a data set, not like classes; {ACCEPTED}")
+                            "look like parts of a data set, not like classes; move away what is "
+                            f"neither train nor test, or rename what is a class; {ACCEPTED}")
         return folder, None
 
     def files(self, path, owner):
@@ -151,7 +153,8 @@ class Intake:
 
 def prepared(image):
     """Turn a PIL image into grey (mode L) or RGB as people see it. Returns it, and a list of what
-    was done. Raises DataError for more than 8 bits a channel, as Pillow would keep only 8."""
+    was done. Raises DataError where Pillow says that a channel has more than 8 bits, and keeps 8;
+    of JPEG 2000 and AVIF it does not say."""
     if image.mode[0] in "IF" or re.search(DEEP, str(getattr(image, "tile", ""))):
         raise DataError(f"it has more than 8 bits a channel (Pillow's mode {image.mode})")
     done = []

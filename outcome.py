@@ -31,6 +31,10 @@ class Outcome:
     def report(self):
         """Show the run's page, report.html, in a notebook; elsewhere say where it is."""
         path, ipython = self.folder / "report.html", sys.modules.get("IPython")
+        if not path.exists():
+            from report import report as draw
+
+            draw(self.folder)
         if not hasattr(ipython and ipython.get_ipython(), "kernel"):
             return print(f"the run's page is {path}")
         from IPython.display import HTML, display

@@ -83,6 +83,7 @@ experiment() {  # experiment NAME OPTIONS: one run a seed
 draw() {  # draw FOLDER NAME...: tables, figures and logs of these experiments
     local options=() name seed out=$1 command="./run_all.sh $section"
     if [ "$scale" = small ]; then out=small-$1 command="SCALE=small $command"; fi
+    if [ -n "${SEEDS:-}" ]; then command="SEEDS=\"$SEEDS\" $command"; fi
     for name in ${against:-}; do options+=(--reference "$name"); done
     for name in "${@:2}"; do for seed in $seeds; do options+=("runs/$scale/$name-$seed"); done; done
     if [ -z "$dry_run" ]; then

@@ -48,7 +48,6 @@ class Run:
         self.total_epochs = config["generations"] * config["epochs"]
         self.finished = len(log) >= config["generations"]
         self.metric, summary = config.get("fitness", "accuracy"), self.folder / "summary.json"
-        self.own_metric = ":" in self.metric  # a user's function, whose values may be any numbers
         # The metrics of the fittest on the test images.
         self.scores = {"accuracy": self.best[-1]["test_accuracy"]}
         if summary.exists():
@@ -73,10 +72,15 @@ class Run:
             commit=" ".join(self.commits))
 
     def fitness_text(self, fitness):
-        return f"{fitness:.4g}" if self.own_metric else f"{fitness:.2%}"
+        return f"{fitness:.2%}" if scale(self.metric) == 100 else f"{fitness:.4g}"
 
     def __str__(self):
         return f"{self.row}, seed {self.seed}: {self.problem}{noisy(self.noise)}"
+
+
+def scale(metric):
+    """100 for a share, which is shown in %; 1 for a user's function, whose values may be any."""
+    return 1 if ":" in metric else 100
 
 
 def noisy(noise):
@@ -104,19 +108,22 @@ def group(runs):
 
 
 def final(runs, metric="accuracy"):
-    """{seed: test metric of the fittest individual in percent}, for the runs that have it."""
-    return {run.seed: 100 * run.scores[metric] for run in runs if metric in run.scores}
+    """{seed: test metric of the fittest individual, in % if a share}, for the runs that have it."""
+    return {run.seed: scale(metric) * run.scores[metric] for run in runs if metric in run.scores}
 
 
-def curve(runs, key="test_accuracy", scale=100):
-    """Epochs, mean and standard error of `key` of the fittest of each generation, by default in
-    percent. The error is None for one run. Returns None if the log lacks the key."""
-    n = min(len(run.log) for run in runs)
-    values = scale * np.array([[best.get(key) for best in run.best[:n]] for run in runs], float)
+def curve(runs, key="test_accuracy"):
+    """Epochs, mean and standard error of `key` of the fittest of each generation, in % if it is a
+    share. A run that ends before the others, a replay, counts with its end from then on. The error
+    is None for one run. Returns None if the log lacks the key."""
+    longest = max(runs, key=lambda run: len(run.log))
+    best = [run.best + run.best[-1:] * (len(longest.log) - len(run.log)) for run in runs]
+    values = np.array([[member.get(key) for member in line] for line in best], float)
     if np.isnan(values).any():
         return None
+    values *= scale(runs[0].metric) if key == "fitness" else 100
     error = values.std(axis=0, ddof=1) / math.sqrt(len(runs)) if len(runs) > 1 else None
-    return runs[0].epochs[:n], values.mean(axis=0), error
+    return longest.epochs, values.mean(axis=0), error
 
 
 def table(lines):
@@ -200,12 +207,15 @@ def tables(problems, references=()):
         if missing := set(references) - everyone.keys():
             raise RunError(f"{problem}: no row is called {min(missing)}, only "
                            f"{', '.join(everyone)}")
+        metrics = compared(sum(everyone.values(), []))
+        own = any(scale(name) == 1 for name in metrics)
         parts += [f"## {problem}", "Table 1. Final test accuracy in % of the fittest individual, "
                   "chosen by its fitness: mean (sample standard deviation; number of seeds). "
                   "Differences are over the common seeds, with a two-sided paired t-test. The "
-                  "epochs are those that all networks of a run trained.",
+                  "epochs are those that all networks of a run trained."
+                  + " A function of one's own is not in %." * own,
                   *(table1(levels, everyone, references or [*everyone][: len(everyone) > 1], metric)
-                    for metric in compared(sum(everyone.values(), [])))]
+                    for metric in metrics)]
         for noise, rows in levels.items():
             if text := table2(rows):
                 parts += [f"Table 2{noisy(noise)}. Epochs of training after which EPBT's mean "

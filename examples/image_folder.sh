@@ -6,7 +6,7 @@
 set -euo pipefail
 root=${EPBT:-$(dirname "$0")/..}
 pictures=${1:-data/digit-pictures}
-out=${2:-runs/pictures}
+out=${2:-runs/pictures} out=${out%/}
 
 if [ $# = 0 ] && [ ! -e "$pictures" ]; then python - "$pictures" << 'PYTHON'
 import sys

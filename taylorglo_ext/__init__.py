@@ -57,6 +57,8 @@ def is_fused(device: str) -> bool:
 
 
 def _backend(device: str) -> str:
+    if device not in ("cpu", "cuda"):  # PyTorch's others, such as mps and meta
+        return "reference"
     return _in_use.get(device) or load("auto", device)
 
 
@@ -94,7 +96,8 @@ def taylorglo_loss(
     """
     given = logits, labels, theta, teacher_logits, alpha
     try:
-        if teacher_logits is not None and torch.is_autocast_enabled(logits.device.type):
+        if (teacher_logits is not None and teacher_logits.dtype != logits.dtype
+                and torch.is_autocast_enabled(logits.device.type)):
             # Under autocast the two may differ in dtype, as in any loss.
             both = logits, teacher_logits
             logits, teacher_logits = (t.to(accumulate_dtype(t.dtype)) for t in both)
@@ -144,7 +147,7 @@ def loss_and_gradient(
         if _backend(logits.device.type) == "fused":
             operator = torch.ops.taylorglo.loss_and_gradient.default
             return operator(logits, labels, theta, teacher_logits, *_alpha(alpha))
-        check_inputs(logits, labels, theta, teacher_logits, alpha)
+        check_inputs(logits, labels, theta, teacher_logits, alpha, most_dims=2)
         if logits.dtype == torch.float16:
             logits = logits.float()
             teacher_logits = None if teacher_logits is None else teacher_logits.float()
@@ -153,7 +156,7 @@ def loss_and_gradient(
             loss = _loss(logits, labels, theta, teacher_logits, alpha, None, "mean")
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
     except (AttributeError, RuntimeError, TypeError, ValueError):
-        check_inputs(logits, labels, theta, teacher_logits, alpha)
+        check_inputs(logits, labels, theta, teacher_logits, alpha, most_dims=2)
         raise
 
 

@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,9 +44,11 @@ def load_library(device):
             if is_whole(library) or not build_alone(target, library):
                 torch.ops.load_library(library)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            # Of a compiler's output, the first line with an error.
+            # Of a compiler's output, the first line of the most telling kind.
             lines = str(error).strip().splitlines() or [repr(error)]
-            said = next((line for line in lines if re.search(r"\berror\b", line)), lines[0])
+            told = (line for kind in ("error: (?!ld)", "cannot find", r"\berror\b", "")
+                    for line in lines if re.search(kind, line))
+            said = next(told)
             raise BackendError(f"the fused {target} operator could not be built: {said.strip()}"
                                ) from error
         _loaded.add(target)
@@ -136,6 +139,8 @@ def toolchain(target):
         from torch.utils import cpp_extension
 
         cpp_extension.CUDA_HOME = cuda_home()  # for None, load raises an error
+        if not cpp_extension.TORCH_LIB_PATH.startswith("'"):  # ninja's file names it without quotes
+            cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
         yield cpp_extension.load
     finally:
         os.environ.clear()

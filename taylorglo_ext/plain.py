@@ -8,16 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import accumulate_dtype, reduce
+from .reference import accumulate_dtype, eq3, reduce
 
 
 def distilled_labels(logits: Tensor, labels: Tensor, teacher_logits=None, alpha=None) -> Tensor:
     """Eq. 3: alpha softmax(teacher) + (1 - alpha) one-hot; without a teacher the labels."""
     if teacher_logits is None:
         return labels
-    alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
-    one_hot = F.one_hot(labels, logits.shape[1]).movedim(-1, 1)
-    return alpha * teacher_logits.detach().softmax(dim=1) + (1 - alpha) * one_hot
+    return eq3(F.one_hot(labels, logits.shape[1]).movedim(-1, 1), teacher_logits, alpha)
 
 
 def distilled_cross_entropy(

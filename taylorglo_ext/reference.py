@@ -4,6 +4,8 @@ In Eq. 2, x is the LABEL (one-hot, or distilled by Eq. 3) and y is the PREDICTIO
 the logits); this is the reverse of the usual habit. n is the number of classes.
 """
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,14 @@ def reference_loss(
     x = (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)  # one-hot
     x = torch.where(((labels >= 0) & (labels < classes))[:, None], x, float("nan"))
     if teacher_logits is not None:  # Eq. 3
-        x = alpha * torch.softmax(teacher_logits.detach().to(dtype), dim=1) + (1 - alpha) * x
+        x = eq3(x, teacher_logits.to(dtype), alpha)
     return reduce(eq2(x, y, theta.detach().to(dtype).unbind()), kept, reduction)
+
+
+def eq3(one_hot, teacher_logits, alpha):
+    """Eq. 3: the labels of distillation (B, C, ...). No gradient flows to teacher or alpha."""
+    alpha = alpha.detach() if isinstance(alpha, Tensor) else alpha
+    return alpha * teacher_logits.detach().softmax(dim=1) + (1 - alpha) * one_hot
 
 
 def reduce(losses: Tensor, kept: Tensor | None, reduction: str) -> Tensor:
@@ -59,8 +67,12 @@ def eq2(x, y, theta):
     return -f.mean(-1)  # 1/n over the classes
 
 
-def check_inputs(logits, labels, theta, teacher_logits, alpha, reduction="mean") -> None:
-    """Raise a TypeError or ValueError that names a wrong argument of ``taylorglo_loss``."""
+def check_inputs(
+    logits, labels, theta, teacher_logits, alpha, reduction="mean", *, most_dims=None
+) -> None:  # fmt: skip
+    """Raise a TypeError or ValueError that names a wrong argument of ``taylorglo_loss``.
+
+    most_dims: of the logits, if only so many are accepted."""
     tensors = {"logits": logits, "labels": labels, "theta": theta}
     distilled = teacher_logits is not None
     if distilled:
@@ -75,6 +87,8 @@ def check_inputs(logits, labels, theta, teacher_logits, alpha, reduction="mean")
     _expect(len(shape) > 1 and shape[1] > 0, "logits", "shape (B, C, ...) with C >= 1", shape)
     of_labels = (shape[0], *shape[2:])
     _expect(labels.shape == of_labels, "labels", "shape (B, ...) to match logits", labels.shape)
+    if most_dims:
+        _expect(len(shape) <= most_dims, "logits", f"at most {most_dims} dimensions", shape)
     _expect(theta.shape == (8,), "theta", "shape (8,)", theta.shape)
     _expect((alpha is not None) == distilled, "alpha", "one if and only if teacher_logits", alpha)
     if distilled:
@@ -87,7 +101,8 @@ def check_inputs(logits, labels, theta, teacher_logits, alpha, reduction="mean")
         real = alpha.dtype in THETA_DTYPES and alpha.dim() == 0
         _expect(real, "alpha", "a number or a 0-d float32 or float64 tensor", alpha)
     elif distilled:
-        _expect(0 <= alpha <= 1, "alpha", "a number in [0, 1]", alpha)
+        right = isinstance(alpha, Real) and 0 <= alpha <= 1
+        _expect(right, "alpha", "a number in [0, 1]", alpha)
     for name, t in tensors.items():
         _expect(t.device == logits.device, name, "the device of logits", t.device)
     _expect(reduction in REDUCTIONS, "reduction", "'none', 'mean' or 'sum'", reduction)

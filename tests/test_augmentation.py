@@ -35,6 +35,22 @@ def test_augmentation_by_hand(draw, text, expected):
     assert torch.equal(make_batch(*arguments, mean, std)[0, 0], expected)
 
 
+def test_what_would_blank_a_whole_image_is_refused():
+    assert parse_augmentation("cutout=8", 8).cutout == 8
+    words = "the shift below the images' 8 pixels and the cutout at most as large, not"
+    for text in ("flip shift=4 cutout=16", "shift=8"):
+        assert words in error_line(parse_augmentation, text, 8)
+
+
+def test_floats_are_normalised_as_the_pixels_that_they_are_and_stay_as_they_were():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    floats, mean, std = images / 255, torch.tensor([100.0]), torch.tensor([50.0])
+    before = floats.clone()
+    assert torch.equal(normalize(floats, mean, std), normalize(images, mean, std))
+    assert torch.equal(floats, before)
+    assert "images are torch.float32" in error_line(normalize, floats * 255, mean, std)
+
+
 def slow_batch(images, index, draws, augmentation, mean, std):
     """The same as make_batch, in NumPy and pixel by pixel."""
     height, width = (size - 2 * augmentation.shift for size in images.shape[2:])
@@ -99,8 +115,9 @@ def test_draws_cover_their_ranges():
     ("none", Augmentation()), ("flip", Augmentation(flip=True)),
     ("cutout", Augmentation(cutout=16)),
     ("Shift, flip", Augmentation(True, 4)), ("flip shift cutout", Augmentation(True, 4, 16)),
-    ("cutout=40 shift=0", Augmentation(cutout=40)), ("shift=31", Augmentation(shift=31)),
-    ("", None), ("flop", None), ("none flip", None), ("flip rotate", None), ("flip=1", None),
+    ("cutout=32 shift=0", Augmentation(cutout=32)), ("shift=31", Augmentation(shift=31)),
+    ("cutout=33", None), ("", None), ("flop", None), ("none flip", None), ("flip rotate", None),
+    ("flip=1", None),
     ("shift=32", None), ("shift=-1", None), ("shift=1.5", None), ("shift=", None),
     ("flipshift", None), (Augmentation(flip=0.5), None), (Augmentation(shift=-1), None),
     (Augmentation(True, 3, np.int64(5)), Augmentation(True, 3, 5)),

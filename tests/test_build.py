@@ -98,6 +98,13 @@ def test_a_failed_build_says_so_in_one_line(nothing_loaded, tmp_path):
     assert not list(tmp_path.glob("cache/taylorglo/*building*"))
 
 
+def test_pytorchs_folder_may_have_a_space_in_its_name(monkeypatch):
+    monkeypatch.setattr(torch.utils.cpp_extension, "TORCH_LIB_PATH", "/a b/torch/lib")
+    for _ in range(2):
+        with build.toolchain("cpu"):
+            assert torch.utils.cpp_extension.TORCH_LIB_PATH == "'/a b/torch/lib'"
+
+
 @pytest.mark.skipif(build.cuda_home() is None, reason="needs nvcc")
 def test_cuda_source_compiles_without_a_warning(tmp_path):
     code = ("import sys, pathlib; from taylorglo_ext import build; build.load_library('cpu');"

@@ -154,7 +154,12 @@ def test_every_kind_of_source_gives_the_same_data():
         Listed(tensors[0].double() / 255, labels[:, None]),  # each label of shape (1,)
         Listed(images, tensors[1][:, None]),
     ]
-    assert len({make_data(source, source).digest() for source in sources}) == 1
+    found = [make_data(source, source) for source in sources]
+    assert len({data.digest() for data in found}) == 1
+    told = ["40 test images of floats rounded to 256 levels" in data.describe() for data in found]
+    assert told == [i in (4, 8) for i in range(len(sources))]
+    twice = tensors[0].float() / 255 / 255, labels
+    assert "channels: 3, values 0 to 1" in make_data(twice, twice).describe()[0]
 
 
 def test_pictures_of_other_modes():
@@ -178,12 +183,16 @@ def test_class_names():
     test.classes = source.classes[1:]
     words = "train.classes and test.classes must agree; only one of them has class 0"
     assert words in error_line(make_data, source, test)
+    subsets = [torch.utils.data.Subset(Listed(*numbered(40)), range(40)) for _ in range(2)]
+    for subset in subsets:
+        subset.dataset.classes = np.array([f"class {i}" for i in range(12)])
+    assert make_data(*subsets).class_names[11] == "class 11"
     source.classes = test.classes = 12  # no names
     assert make_data(source, test).class_names == tuple("0123456789")
     images, labels = numbered(40)
     gaps = images, labels % 2 * 7
     assert "the labels are 0 to 7, 2 classes in training" in error_line(make_data, gaps, gaps)
-    named = make_data(gaps, gaps, class_names=["no", *"abcdef", "y\ne\udce9s"])
+    named = make_data(gaps, gaps, class_names=np.array(["no", *"abcdef", "y\ne\udce9s"]))
     assert named.num_classes == 8 and named.class_names[7] == "y\\ne\\udce9s"
     assert "no [18, 2, 20]; a [0, 0, 0]; b" in named.describe()[1]
     words = "1 of 8 classes, first b, have fewer than two training images"
@@ -219,7 +228,8 @@ def broken(item_13):
     ((IMAGES, LABELS * 10**9), "the labels are 0 to 9000000000, 10 classes"),
     ((IMAGES, LABELS * 0), "the labels are 0 to 9, 1 classes in training; accepted are 0 to 0"),
     (numbered(19), "1 of 10 classes, first 9, have fewer than two training images"),
-    (Listed([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], [0, 1]), "[3, 8, 9] at entry 1"),
+    (Listed([torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)], [0, 1]),
+     "item 1: an image of the shape (3, 8, 9), while the first is (3, 8, 8); all must have one"),
     (Listed([], []), "(0,)"), (Listed(["a"], [0]), "item 0: TypeError"),
     (None, "(NoneType): TypeError"), (torch.from_numpy(IMAGES), "(Tensor): item 0: ValueError"),
     ((IMAGES, LABELS, LABELS), "(tuple): item 0"),
@@ -248,7 +258,7 @@ NO_DATA = "no data set or folder is called '{}', did you mean '{}'?; accepted ar
     (lambda: custom(validation=50, limit=50), "--validation must be 10 to 40"),
     (lambda: custom(limit=201), "--limit must be 20 to 200"),
     (lambda: custom(limit=19), "--limit must be 20 to 200, not 19"),
-    (lambda: custom(augmentation="shift=8"), "below the images' 8 pixels, not 'shift=8'"),
+    (lambda: custom(augmentation="shift=8"), "at most as large, not 'shift=8'"),
     (lambda: load_data("fashon"), NO_DATA.format("fashon", "fashion")),
     (lambda: load_data("CIFAR-10"), NO_DATA.format("CIFAR-10", "cifar10")),
     (lambda: load_data("~nobody/such"), "called '~nobody/such'; accepted are digits, "),

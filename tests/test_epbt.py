@@ -349,7 +349,11 @@ def test_a_call_of_evolve_that_cannot_work_is_one_line(model, train, test, words
 
 def test_data_of_ones_own_may_be_augmented_and_a_changed_model_is_told(tmp_path, monkeypatch):
     c = Config(**OWN, out=str(tmp_path), augmentation="flip shift=1 cutout=4")
-    data = evolve(c, make_small, IMAGES, IMAGES).data
+    outcome = evolve(c, make_small, IMAGES, IMAGES)
+    (page := tmp_path / "report.html").unlink()  # as if it could not be drawn
+    outcome.report()
+    assert page.exists()
+    data = outcome.data
     assert data.train.images.shape[2:] == (10, 10)
     assert data.augmentation == Augmentation(True, shift=1, cutout=4)
     everyone = [m for line in read_log(tmp_path) for m in line["population"]]

@@ -16,7 +16,7 @@ from PIL import Image
 import figures
 from errors import RunError
 from figures import binary_loss, compare, draw_run, main, zoom
-from tables import Run, epochs_to_pass, group, paired, tables
+from tables import Run, curve, epochs_to_pass, group, paired, tables
 from taylorglo_ext import taylorglo_loss
 from tests.run_folders import THETA, alone, evolved, member, write
 
@@ -119,6 +119,23 @@ def test_a_fitness_of_ones_own_may_be_any_number(tmp_path, drawn):
     assert middle.get_ydata()[1] == sorted(living)[1]
 
 
+def test_a_metric_of_ones_own_is_tabulated_as_it_is(tmp_path):
+    for seed in (0, 1):
+        folder = write(tmp_path / f"epbt-{seed}", evolved(0.5, 0.75), fitness="mine:metric")
+        scores = {"accuracy": 0.75, "mine:metric": -4.3 - seed}
+        (folder / "summary.json").write_text(json.dumps({"test_scores": scores}))
+    text = printed(sorted(tmp_path.iterdir()))
+    assert ["epbt", "-4.80 (0.71; 2)", "12"] in cells(text)
+    assert "A function of one's own is not in %." in text
+
+
+def test_a_replay_that_ends_early_counts_with_its_end(tmp_path):
+    short, long = (write(tmp_path / f"replay-{seed}", alone(*log), method="replay")
+                   for seed, log in enumerate([(0.5, 0.9), (0.4, 0.6, 0.7, 0.8)]))
+    epochs, means, _ = curve([Run(short), Run(long)])
+    assert epochs == [2, 4, 6, 8] and means == pytest.approx([45, 75, 80, 85])
+
+
 @pytest.mark.parametrize("metric", ["accuracy", "f1-macro"])
 def test_other_metrics_have_tables_if_a_run_evolved_for_one(metric, tmp_path, drawn):
     """The balanced accuracy is the accuracy here, so it needs no table."""
@@ -169,8 +186,8 @@ def test_a_results_folder_is_whole_and_the_same_bytes_each_time(three_seeds, tmp
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(first) == ["README.md", "accuracy.png", "logs.tar.gz", "losses-best-decay.png",
                              "runs.csv", "schedule-best-decay.png"]
-    head = b"# results\n\nCommand: `./run_all.sh x`. Commits of the runs: abc1234. Machine: "
-    assert first["README.md"].startswith(head)
+    assert first["README.md"].startswith(b"# results\n\nCommand: `./run_all.sh x`. Machine: ")
+    assert b"leaves what is above -->\n\nCommits of the runs: abc1234.\n" in first["README.md"]
     (out / "README.md").write_bytes(b"Mine: \xc3\xa4\n" + first["README.md"])
     for path in three_seeds:
         os.utime(path / "log.jsonl", (1, 1))

@@ -70,7 +70,8 @@ def test_the_first_lines_of_a_run_say_what_was_read_and_left_out(tmp_path):
     assert "training image: flip cutout=16" in lines and "--augmentation" not in lines
     write_folder(tmp_path / "many", [f"c{i:02}" for i in range(30)], n=3, colour=(1, 2, 3))
     frames[0].save(tmp_path / "many" / "c17" / "more.png")
-    words = "[31, 30, 30]; c00 [1, 1, 1]; c17 [2, 1, 1]; the others lie between"
+    words = ("[31, 30, 30]; c00 [1, 1, 1]; c17 [2, 1, 1]; "
+             "the others have numbers of training images between")
     assert words in described(tmp_path / "many")
 
 
@@ -100,7 +101,7 @@ def test_splits_that_are_refused(tmp_path, parts):
         write_folder(tmp_path / part, [""] if part[-1] == "/" else COLOURS, 1, (1, 2, 3))
     line, flat = refused(tmp_path), parts == "test/ train/"
     assert ("has 1 files beside the folders" if flat else f"{tmp_path} has the subfolders ") in line
-    assert ("look like parts of a data set, not like classes; accepted are" in line) != flat
+    assert ("look like parts of a data set, not like classes; move away what is" in line) != flat
 
 
 @pytest.mark.parametrize("parts", [

@@ -312,14 +312,23 @@ def test_gradcheck(backend, rows, classes):
 
 
 def test_gradient_flows_to_the_logits_only(backend):
-    logits, labels, theta, teacher_logits = problem(4, 10)
-    for tensor in (logits, theta, teacher_logits):
+    logits, *rest = *problem(4, 10), torch.tensor(0.3)
+    for tensor in (logits, *rest[1:]):
         tensor.requires_grad_()
-    taylorglo_loss(logits, labels, theta, teacher_logits, 0.3).backward()
-    assert logits.grad is not None and theta.grad is None and teacher_logits.grad is None
-    assert not taylorglo_loss(logits.detach(), labels, theta, teacher_logits, 0.3).requires_grad
+    taylorglo_loss(logits, *rest).backward()
+    assert logits.grad is not None and all(tensor.grad is None for tensor in rest)
+    assert not taylorglo_loss(logits.detach(), *rest).requires_grad
+    labels, theta, *_ = rest
     with torch.no_grad():
         assert not taylorglo_loss(logits, labels, theta).requires_grad
+
+
+def test_on_other_devices_the_loss_is_plain_pytorch(backend):
+    meta = [tensor.to("meta") for tensor in problem(4, 10)]
+    meta[0].requires_grad_()
+    loss = taylorglo_loss(*meta, 0.3)
+    loss.backward()
+    assert loss.shape == () and meta[0].grad.shape == (4, 10)
 
 
 def test_backward_twice():
@@ -383,7 +392,7 @@ NUMBER = "alpha: expected a number"
     ((Z, L, T, Z), ValueError, "alpha: expected one if and only if teacher_logits, got None"),
     ((Z, L, T, None, 0.5), ValueError, "alpha: expected one if and only if teacher_logits"),
     *(((Z, L, T, Z, alpha), ValueError, NUMBER)
-      for alpha in (1.5, -0.1, float("nan"), T[:1], L[0]))])
+      for alpha in (1.5, -0.1, float("nan"), "0.5", T[:1], L[0]))])
 def test_bad_input_is_named(backend, arguments, error, message):
     for function in (taylorglo_loss, loss_and_gradient):
         with pytest.raises(error, match=message):
@@ -391,6 +400,8 @@ def test_bad_input_is_named(backend, arguments, error, message):
 
 
 def test_bad_options_are_named(backend):
+    with pytest.raises(ValueError, match=r"logits: expected at most 2 dimensions, got \(3, 4, 1\)"):
+        loss_and_gradient(Z[..., None], L[:, None], T)
     with pytest.raises(ValueError, match="reduction: expected"):
         taylorglo_loss(Z, L, T, reduction="average")
     with pytest.raises(ValueError, match="labels: expected in .* got -100 in row 2"):
