@@ -38,7 +38,7 @@ def train_on(config, space, data, workers, run):
                                    for i, (hyperparameters, parent) in enumerate(born)])
         best = [fittest(population + newest)] if config.early_stopping else []
         population = [m for m in best if m is not newest[0]] + newest
-        run.record(g, population, elites=best)
+        run.record(g, population, best)
         yield g, population
 
 
