@@ -141,7 +141,7 @@ def evolve(config, make_model=None, train=None, test=None, space=None, report=pr
     if fitness is not None:
         config = replace(config, fitness=import_name(fitness, "fitness(logits, labels)"))
     if train is not None:
-        augmentation = config.augmentation.replace("auto", "none")
+        augmentation = str(config.augmentation).replace("auto", "none")  # of an Augmentation too
         config = replace(config, dataset="custom", augmentation=augmentation)
     config = settled(config)
     clock.lap("import")

@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -66,9 +67,14 @@ class Individual:
         return self.id, self.generation, self.parent, self.mate, self.teacher, self.hyperparameters
 
 
+def as_dict(m):
+    """The fields of an individual or of its record."""
+    return m if isinstance(m, dict) else vars(m)
+
+
 def rank(m):
     """Sort key of an individual or its record: the diverged last, then by fitness, then by age."""
-    m = m if isinstance(m, dict) else vars(m)
+    m = as_dict(m)
     return not m["diverged"], m["fitness"], -m["id"]
 
 
@@ -79,8 +85,7 @@ def fittest(population):
 def living_fitness(population):
     """The fitness of each individual or record that has not diverged; [0.0] if all have. A diverged
     one's is 0, which some metrics call good."""
-    records = [m if isinstance(m, dict) else vars(m) for m in population]
-    return [m["fitness"] for m in records if not m["diverged"]] or [0.0]
+    return [m["fitness"] for m in map(as_dict, population) if not m["diverged"]] or [0.0]
 
 
 def ancestry(log):
@@ -331,6 +336,7 @@ def read_timing(path):
     return list(map(json.loads, _lines(path, "timing.jsonl")))
 
 
+@cache  # what this process has imported stays the same
 def commit():
     """The commit of this code, with "-dirty" if it was changed; "" outside of a git repository."""
     try:

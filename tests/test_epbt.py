@@ -349,7 +349,8 @@ def test_a_call_of_evolve_that_cannot_work_is_one_line(model, train, test, words
 
 def test_data_of_ones_own_may_be_augmented_and_a_changed_model_is_told(tmp_path, monkeypatch):
     c = Config(**OWN, out=str(tmp_path), augmentation="flip shift=1 cutout=4")
-    outcome = evolve(c, make_small, IMAGES, IMAGES)
+    spelled = replace(c, augmentation=Augmentation(True, shift=1, cutout=4))  # means the same
+    outcome = evolve(spelled, make_small, IMAGES, IMAGES)
     (page := tmp_path / "report.html").unlink()  # as if it could not be drawn
     outcome.report()
     assert page.exists()
