@@ -224,8 +224,20 @@ class Turns:
 
 
 def make_slots(config, data, count):
-    """So many slots; for 0, the best number."""
-    return [Slot(config, data) for _ in range(count)] if count else worthwhile_slots(config, data)
+    """So many slots; for 0, the best number. A file remembers it for the same GPU, model,
+    precision, batch and PyTorch."""
+    memory = remembered(config, data)
+    if not count and memory.is_file():
+        count = json.loads(memory.read_text(encoding="utf-8"))
+    if count:
+        return [Slot(config, data) for _ in range(count)]
+    slots = worthwhile_slots(config, data)
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(memory, json.dumps(len(slots)).encode())
+    except (OSError, RunError) as error:
+        print(f"the number of slots is not remembered: {message(error)}", file=sys.stderr)
+    return slots
 
 
 def in_turns(slots, tasks):
@@ -273,11 +285,7 @@ def throughput(slots):
 
 def worthwhile_slots(config, data):
     """The best number of slots: double it while the throughput rises by a tenth and the memory is
-    large enough. A file remembers it for the same GPU, model, precision, batch and PyTorch."""
-    memory = remembered(config, data)
-    if memory.is_file():
-        count = json.loads(memory.read_text(encoding="utf-8"))
-        return [Slot(config, data) for _ in range(count)]
+    large enough."""
     slots, best = [], 0.0
     while len(slots) < MOST_SLOTS:
         try:
@@ -290,11 +298,6 @@ def worthwhile_slots(config, data):
         if images < best * WORTHWHILE:
             break
         slots, best = [*slots, *more], images
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(memory, json.dumps(len(slots)).encode())
-    except (OSError, RunError) as error:
-        print(f"the number of slots is not remembered: {message(error)}", file=sys.stderr)
     return slots
 
 

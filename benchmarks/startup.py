@@ -18,7 +18,7 @@ from benchmarks.rows import command_line, device_name
 from benchmarks.throughput import whole
 from epbt import read_data
 from settings import settings
-from slots import rehearse, worthwhile_slots
+from slots import make_slots, rehearse
 from stopwatch import Stopwatch
 from taylorglo_ext.build import cached_library
 
@@ -50,9 +50,9 @@ def worker(config):
     with settings(config):
         data = data.to(config.device)
         clock.lap("images")
-        slots = len(worthwhile_slots(config, data))
+        slots = len(make_slots(config, data, 0))
         clock.lap(f"search for {slots} slots")
-        slots = worthwhile_slots(config, data)
+        slots = make_slots(config, data, 0)
         clock.lap("as many, remembered")
         rehearse(slots, 1)
         clock.lap("their captures")

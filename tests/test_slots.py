@@ -19,7 +19,7 @@ import slots
 import taylorglo_ext
 from errors import RunError
 from settings import settings
-from slots import Slot, worthwhile_slots
+from slots import Slot, make_slots
 from training import Trainer
 from workers import ThisProcess
 
@@ -258,7 +258,7 @@ MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("
 
 @pytest.fixture
 def measured(device, monkeypatch, tmp_path):
-    """The number of slots that worthwhile_slots makes where each number has its throughput."""
+    """The number of slots that make_slots makes where each number has its throughput."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config, images = configured(device=device), data()
 
@@ -269,7 +269,7 @@ def measured(device, monkeypatch, tmp_path):
                 raise found
             return found
         monkeypatch.setattr(slots, "throughput", throughput)
-        return len(worthwhile_slots(config, images))
+        return len(make_slots(config, images, 0))
     return find
 
 
