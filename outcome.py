@@ -66,9 +66,12 @@ def finish(config, folder, data, report):
         class_names=data.class_names, pixel_mean=data.mean.tolist(), pixel_std=data.std.tolist())
     found = scores["accuracy"]
     if found != best.test_accuracy:
+        summary["delivered_test_accuracy"] = found
+    # A GPU may compute by other kernels here than in a slot, and tip a few images over.
+    exact = config.device == "cpu" or config.deterministic
+    if abs(found - best.test_accuracy) > (0 if exact else 0.002):
         report(f"WARNING: the delivered model classifies {found:.4f} of the test images correctly, "
                f"not the {best.test_accuracy:.4f} that was measured after its training")
-        summary["delivered_test_accuracy"] = found
     outcome = Outcome(model, data, plan, summary, folder.path)
     if folder.finished:
         return outcome

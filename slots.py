@@ -5,6 +5,7 @@ a GPU take turns in one thread. Each queues a few steps on its own stream, and t
 streams at once.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -143,6 +144,8 @@ class Slot(Trainer):
             self.set_hyperparameters(h | (theta if self.config.evolves_theta else {}),
                                      Task(Individual(0, 0, {}), Path(), teacher=stand_in))
             self.make_networks(seed=0)
+            if self.captured:
+                self.graph(self.validation.step)  # an evaluation needs its memory too
         while count > 0:
             self.repeat(self.step, min(count, self.steps))
             count -= self.steps
@@ -247,7 +250,15 @@ def in_turns(slots, tasks):
         while waiting and idle:
             slot = idle.pop()
             turns.begin(slot, slot.evaluate, waiting.pop())
-        for slot, individual in turns.step():
+        try:
+            ended = turns.step()
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise RunError(f"{len(slots)} individuals at once do not fit the GPU's memory: use "
+                               "fewer --workers, a smaller --batch-size or --model, or free the "
+                               f"GPU ({message(error)})") from error
+            raise
+        for slot, individual in ended:
             idle.append(slot)
             yield individual
 
@@ -286,10 +297,10 @@ def throughput(slots):
 def worthwhile_slots(config, data):
     """The best number of slots: double it while the throughput rises by a tenth and the memory is
     large enough."""
-    slots, best = [], 0.0
-    while len(slots) < MOST_SLOTS:
+    slots, more, best, most = [], [], 0.0, min(MOST_SLOTS, config.population)
+    while len(slots) < most:
         try:
-            more = [Slot(config, data) for _ in range(len(slots) or 1)]
+            more = [Slot(config, data) for _ in range(min(len(slots) or 1, most - len(slots)))]
             images = throughput([*slots, *more])
         except RuntimeError as error:
             if not out_of_memory(error) or not slots:
@@ -297,8 +308,17 @@ def worthwhile_slots(config, data):
             break
         if images < best * WORTHWHILE:
             break
-        slots, best = [*slots, *more], images
+        slots, more, best = [*slots, *more], [], images
+    discard(more)
     return slots
+
+
+def discard(slots):
+    """Empty a list of slots and give back their memory. A slot refers to itself, so without this
+    Python would keep it for long."""
+    slots.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def remembered(config, data):
@@ -306,8 +326,8 @@ def remembered(config, data):
     what = [torch.__version__, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1],
             config.model, config.precision, config.layout, config.batch_size,
             config.distillation > 0, config.average_weights > 0, config.no_graphs,
-            config.deterministic, data.channels, data.height, data.width, data.num_classes,
-            Path(__file__).read_text(encoding="utf-8")]
+            config.deterministic, min(MOST_SLOTS, config.population), data.channels, data.height,
+            data.width, data.num_classes, Path(__file__).read_text(encoding="utf-8")]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(cache) / "epbt" / f"slots-{key}.json"

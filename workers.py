@@ -70,9 +70,10 @@ class ThisProcess:
             if config.device == "cpu":
                 self.run = partial(map, Trainer(config, data).evaluate)
             else:
-                from slots import in_turns, make_slots  # here, as only a GPU needs it
+                from slots import discard, in_turns, make_slots  # here, as only a GPU needs it
 
                 slots = make_slots(config, data.to(config.device), config.workers)
+                stack.callback(discard, slots)
                 self.run = partial(in_turns, slots)
             self.close = stack.pop_all().close
 
@@ -209,6 +210,7 @@ def serve(config, data, slots, pipe):
         from slots import out_of_memory
 
         if out_of_memory(error):
+            print(message(error), file=sys.stderr)
             sys.exit(OUT_OF_MEMORY)
         raise
 

@@ -10,12 +10,10 @@ throughput-cuda, -cuda-deterministic and -cuda-compile.
 import time
 from dataclasses import replace
 
-import torch
-
 from benchmarks.rows import record
 from benchmarks.throughput import random_cifar10, whole
 from settings import settings
-from slots import REHEARSAL, Slot, rehearse
+from slots import REHEARSAL, Slot, discard, rehearse
 
 DEVICE = "cuda:0"
 
@@ -70,5 +68,4 @@ def records_of_slots(contender, config, data, counts, rounds, kind):
                 times.append(time.perf_counter() - start)
             images = REHEARSAL * count * trainers[0].batch
             yield record(contender, times, images, config.model, count, count)
-        del trainers
-        torch.cuda.empty_cache()
+        discard(trainers)

@@ -84,8 +84,9 @@ said = subprocess.run(command, capture_output=True, text=True)
 lines = subprocess.run(["c++filt"], input=said.stderr, capture_output=True, text=True).stdout
 print(lines)
 sys.exit(said.returncode)'
-losses='
+kernels='
 import torch
+from norm_relu import norm_relu
 from taylorglo_ext import load, taylorglo_loss
 load("fused", "cuda")
 for rows, classes in ((1, 2), (7, 3), (128, 10), (129, 33), (64, 100), (33, 1000), (5, 5000), (3, 40000)):
@@ -96,8 +97,16 @@ for rows, classes in ((1, 2), (7, 3), (128, 10), (129, 33), (64, 100), (33, 1000
             theta = 20 * torch.rand(8, device="cuda") - 10
             taught = (torch.randn_like(logits), torch.tensor(0.3, device="cuda")) if teacher else ()
             (taylorglo_loss(logits, labels, theta, *taught) * 1.7).backward()
+for shape in ((128, 16, 32, 32), (3, 72, 5, 7)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for shortcut in (False, True):
+            x, s = (torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last)
+                    .requires_grad_() for _ in range(2))
+            y = norm_relu(torch.nn.BatchNorm2d(shape[1]).cuda(), x, s if shortcut else None)
+            assert y.grad_fn.name() == "NormReluBackward"
+            y.backward(torch.randn_like(y))
 torch.cuda.synchronize()
-print("48 calls of the loss")'
+print("48 calls of the loss, 12 of norm_relu")'
 
 if [ "$device" = cuda ]; then
     tests="-m cuda" kernel="--rows 128 65536 --classes 10 1000" rounds=3
@@ -128,7 +137,7 @@ part deterministic 60 bash -c "$(epbt one $twice) && $(epbt other $twice) &&
     cmp $work/runs/one/log.jsonl $work/runs/other/log.jsonl && echo the logs are equal"
 if [ "$device" = cuda ]; then
     if command -v compute-sanitizer > /dev/null; then
-        part memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -c "$losses"
+        part memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -c "$kernels"
     else say "memcheck: left out, as there is no compute-sanitizer"; fi
     part exact 40 $throughput --deterministic
     part fashion 80 $(epbt fashion $fashion)

@@ -43,6 +43,12 @@ def test_a_ray_cluster_may_have_more_cores_than_this_machine(monkeypatch):
     assert settled(replace(ray, workers=3)).workers == 3
 
 
+def test_each_gpu_finds_its_number_of_slots_but_for_one_network(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [settled(Config("digits", method=method, device="cuda")).workers
+            for method in ("epbt", "baseline")] == [0, 1]
+
+
 def test_the_baselines_of_sec_4_1_and_the_numbers_of_sec_5_2():
     one, pbt, random, epbt = (Config("cifar10", method=method, **given) for method, given in (
         ("baseline", dict(population=7)), ("pbt", {}), ("random", {}), ("epbt", {})))

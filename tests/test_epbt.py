@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,12 @@ import taylorglo_ext
 from augmentation import Augmentation
 from config import DATA_SETS, Config
 from data import load_data, normalize
-from epbt import evolve, main
+from epbt import evolve, main, read_data
 from errors import ConfigError, DataError, RunError
 from evolution import RATES, Variable, best_first, novelty_elites, pulse
 from models import make_model
-from outcome import formula
-from records import load_individual, read_log
+from outcome import finish, formula
+from records import RunFolder, load_individual, read_config, read_log
 from replay import replay_config
 from taylorglo_ext.reference import reference_loss
 from tests.conftest import TINY
@@ -188,6 +188,23 @@ def test_a_real_run_follows_the_rules_and_delivers_and_prints_what_was_measured(
     two = run_epbt("--generations", "4", "--pulsation-period", "1", "--workers", "2")
     for name in ("log.jsonl", "summary.json", "schedule.json"):
         assert (two / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_delivered_model_that_is_not_the_measured_one_is_told(run_epbt, monkeypatch):
+    """On a GPU, where another kernel may round otherwise, only if more than a few images differ."""
+    path = run_epbt()
+    stored = read_config(path)
+    config = Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored})
+    data = read_data(config, None, None)
+    measured = read_json(path / "summary.json")["test_accuracy"]
+    with closing(RunFolder(path, stored, resume=True)) as folder:
+        for device, off, warned in (("cpu", 0, 0), ("cpu", 1e-4, 1), ("cuda", 1e-3, 0),
+                                    ("cuda", 0.01, 1)):
+            monkeypatch.setattr("outcome.all_metrics", lambda *_, o=off: {"accuracy": measured + o})
+            lines = []
+            summary = finish(replace(config, device=device), folder, data, lines.append).summary
+            assert [line.startswith("WARNING") for line in lines] == [True] * warned
+            assert summary.get("delivered_test_accuracy", measured) == measured + off
 
 
 def test_a_run_in_which_every_network_diverges_says_so(run_epbt, capsys):

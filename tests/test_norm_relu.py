@@ -215,7 +215,7 @@ def network_gradient(device, name, bfloat16):
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn-10-1"])
 def test_a_network_has_the_gradient_that_it_has_with_pytorchs(gpu, monkeypatch, name):
-    with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 convolutions differ by 1.3%
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32's differ by 1.3%
         ours = {bfloat16: network_gradient(gpu, name, bfloat16) for bfloat16 in (False, True)}
         monkeypatch.setattr(module, "fits", lambda *_: False)
         its = {bfloat16: network_gradient(gpu, name, bfloat16) for bfloat16 in (False, True)}

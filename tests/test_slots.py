@@ -5,6 +5,7 @@ graph would freeze is frozen here too."""
 import contextlib
 import copy
 import random
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -113,14 +114,17 @@ def Dropping(model, x):
         return F.dropout(torch.ones(len(x), 128, device=x.device), 0.3) * (1 + model.steps)
 
 
-@pytest.mark.parametrize("given", [{}, dict(average_weights=0.5, add_cross_entropy=True),
-                                   dict(no_graphs=True)], ids=str)
+@pytest.mark.parametrize("given", [
+    {}, dict(average_weights=0.5, add_cross_entropy=True), dict(no_graphs=True),
+    dict(loss_backend="fused")], ids=str)
 @pytest.mark.parametrize("model", ["Dropping", "resnet8"])
 def test_slots_in_turn_train_as_one_alone_and_as_a_plain_trainer(model, given, device, tmp_path):
     some = slots_of(device, 3, model, **given)
     plain = Trainer(some[0].config, some[0].data)
     with settings(plain.config):
         slots.rehearse(some[1:], 5)  # leaves no trace
+        graphs = 0 if plain.config.no_graphs else 2  # of training and of scoring
+        assert [len(slot.graphs) for slot in some] == [0, graphs, graphs]
         for tasks in generations(tmp_path):
             apart = in_turns(some[:1], tasks)
             states = {t.individual.id: state for t, state in zip(tasks, apart, strict=True)}
@@ -258,18 +262,17 @@ MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("
 
 @pytest.fixture
 def measured(device, monkeypatch, tmp_path):
-    """The number of slots that make_slots makes where each number has its throughput."""
+    """The slots that make_slots makes where each number of them has its throughput."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config, images = configured(device=device), data()
 
-    def find(throughputs):
+    def find(throughputs, **given):
         def throughput(some):
             found = throughputs[len(some)]
             if isinstance(found, Exception):
                 raise found
             return found
         monkeypatch.setattr(slots, "throughput", throughput)
-        return len(make_slots(config, images, 0))
+        return make_slots(configured(device=device, **given), data(), 0)
     return find
 
 
@@ -277,8 +280,33 @@ def measured(device, monkeypatch, tmp_path):
     ({1: 100, 2: 109}, 1), ({1: 100, 2: 111, 4: 120}, 2), ({1: 1, 2: 2, 4: 4, 8: 8, 16: 16}, 16),
     *(({1: 100, 2: 150, 4: error}, 2) for error in MEMORY)])
 def test_slots_are_doubled_while_it_pays_and_fits_and_remembered(throughputs, count, measured):
-    assert measured(throughputs) == count
-    assert measured({}) == count  # nothing is measured again
+    assert len(measured(throughputs)) == count
+    assert len(measured({})) == count  # nothing is measured again
+
+
+def test_no_more_slots_than_networks(measured):
+    assert len(measured({1: 1, 2: 2, 4: 4, 5: 5}, population=5)) == 5
+
+
+def test_slots_that_are_tried_and_not_used_are_given_back(measured, monkeypatch):
+    made = []
+
+    class Counted(Slot):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(slots, "Slot", Counted)
+    kept = measured({1: 100, 2: 150, 4: 151})
+    assert [slot() for slot in made] == [*kept, None, None]
+
+
+def test_slots_without_memory_in_a_notebook_end_in_one_line(device, tmp_path, monkeypatch):
+    def train(*ignored):
+        raise MEMORY[0]
+    monkeypatch.setattr(Slot, "train", train)
+    with pytest.raises(RunError, match="^2 individuals at once do not fit.* --workers.*CUDA out"):
+        in_turns(slots_of(device, 2, "resnet8"), [task(tmp_path, 0, EVOLVED)])
 
 
 @pytest.mark.parametrize("throughputs", [{1: MEMORY[0]}, {1: 1, 2: ValueError("another")}])
@@ -289,5 +317,5 @@ def test_an_error_that_fewer_slots_would_not_mend_is_raised(throughputs, measure
 
 def test_a_cache_that_cannot_be_written_is_told_and_costs_nothing_else(measured, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
-    assert measured({1: 100, 2: 100}) == 1
+    assert len(measured({1: 100, 2: 100})) == 1
     assert "the number of slots is not remembered: " in capsys.readouterr().err
