@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 
@@ -212,7 +213,8 @@ class Turns:
         self.busy = {}  # slot: its greenlet, a call that can pause
 
     def begin(self, slot, call, *arguments):
-        self.busy[slot] = greenlet(lambda: call(*arguments))
+        self.busy[slot] = running = greenlet(lambda: call(*arguments))
+        running.gr_context = copy_context()  # has NumPy's error settings
 
     def step(self):
         """Give each busy slot a turn. Returns [(slot, what its call returned)] of ended calls."""

@@ -185,6 +185,14 @@ def Drawing(model, x):
         return random.random() + np.random.rand() + torch.rand(1).item()
 
 
+def test_what_a_slot_carries_out_has_numpys_error_settings(device):
+    (slot,), turns = slots_of(device, 1, "resnet8"), slots.Turns()
+    with np.errstate(all="ignore"):
+        turns.begin(slot, np.geterr)
+        ((_, found),) = turns.step()
+    assert set(found.values()) == {"ignore"}
+
+
 def test_each_slot_has_random_states_of_its_own(device, tmp_path):
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     slot, *others = slots_of(device, 3, "Drawing", no_graphs=True)
