@@ -23,9 +23,11 @@ def command_line(arguments, description):
     arguments = sys.argv[1:] if arguments is None else arguments
     typed = [a for a in arguments if a not in ("-h", "--help")]
     first = parsed(Config(), typed)
-    named = {name: getattr(first, name) for name in ("dataset", "preset", "method")
+    named = {name: getattr(first, name) for name in ("dataset", "preset", "method", "epochs")
              if any(a.split("=")[0] == f"--{name}" for a in typed)}
-    start = replay_config(first.replay) if first.replay else {"dataset": "digits"}
+    start = {"dataset": "digits"}
+    if first.replay:
+        start = replay_config(first.replay, max(1, named.get("epochs", 1)))
     start, stored = Config(**start | named), {}
     if first.resume and not first.overwrite:
         out = folder_name(parsed(start, typed))

@@ -19,7 +19,8 @@ EPOCH = dict(learning_rate=NotNegative, momentum=Share, weight_decay=NotNegative
              cutout=NotNegative, theta=tuple[Annotated[float, -MOST, MOST], ...])
 # A replay takes SHARED from the run's config. The schedule decides DECIDED.
 SHARED = ("dataset", "model", "batch_size", "add_cross_entropy", "image_size", "augmentation")
-DECIDED = "learning_rate", "lr_decay", "momentum", "weight_decay", "loss", "add_cross_entropy"
+DECIDED = ("learning_rate", "lr_decay", "momentum", "weight_decay", "average_weights", "loss",
+           "add_cross_entropy")
 
 
 def schedule(config, data, log):
@@ -59,27 +60,31 @@ def read_schedule(path):
     return found
 
 
-def replay_fields(found, path):
-    """The fields of the config that replays a schedule: one generation for each epoch."""
+def replay_fields(found, path, epochs=1):
+    """The fields of the config that replays a schedule, in generations of so many epochs."""
     evolved = any(epoch["theta"] for epoch in found["epochs"])
     return {name: found[name] for name in SHARED} | dict(
-        method="replay", replay=str(path), epochs=1, milestones=(),
-        generations=len(found["epochs"]), average_weights=found["average_epochs"],
+        method="replay", replay=str(path), epochs=epochs, milestones=(),
+        generations=-(-len(found["epochs"]) // epochs),
+        average_weights=found["average_epochs"] / epochs,
         loss="taylorglo" if evolved else found["plain_loss"])
 
 
-def replay_config(path):
-    """The fields of the config that replays the schedule in a file or in a run's folder."""
-    return replay_fields(read_schedule(path), path)
+def replay_config(path, epochs=1):
+    """The fields of the config that replays the schedule in a file or in a run's folder, in
+    generations of so many epochs."""
+    return replay_fields(read_schedule(path), path, epochs)
 
 
 def checked_schedule(config):
     """A fingerprint of the schedule of a replay. Raises RunError if it cannot be read, ConfigError
     if the config contradicts it."""
     found = read_schedule(config.replay)
-    decided = Config(**replay_fields(found, config.replay) | {"dataset": config.dataset})
-    lines = [f"{flag(name)} is decided by the schedule of --replay: not {getattr(config, name)}"
-             for name in DECIDED if getattr(config, name) != getattr(decided, name)]
+    decided = Config(**replay_fields(found, config.replay, config.epochs)
+                     | {"dataset": config.dataset})
+    lines = [f"{flag(name)} is decided by the schedule of --replay: {right}, not {given}"
+             for name in DECIDED
+             if (given := getattr(config, name)) != (right := getattr(decided, name))]
     if lines:
         raise ConfigError("\n".join(lines))
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]

@@ -1,13 +1,14 @@
 """The winner's schedule, and a network trained under it."""
 
 import json
+import math
 
 import pytest
 
 from config import Config
 from epbt import main
 from errors import ConfigError, RunError
-from records import ancestry, read_log
+from records import ancestry, read_config, read_log
 from replay import checked_schedule, read_schedule, replay_config
 from taylorglo_ext import label_smoothing, losses
 
@@ -69,6 +70,15 @@ def test_a_replay_trains_one_network_under_the_stretched_schedule(finished, tmp_
         assert all(applied[name] == then[name] for name in ("theta", "momentum", "weight_decay"))
 
 
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_replay_averages_over_the_same_epochs_in_generations_of_any_length(
+        epochs, finished, tmp_path):
+    main([*ALONE, "--replay", str(finished), f"--epochs={epochs}", "--out", str(tmp_path)])
+    config, found = read_config(tmp_path), read_schedule(finished)
+    assert config["average_weights"] * epochs == found["average_epochs"] == 3
+    assert config["generations"] == math.ceil(len(found["epochs"]) / epochs)
+
+
 def test_a_schedule_brings_its_settings_and_a_cutout_keeps_its_share(edited, finished, pretend):
     shared = dict(dataset="fashion", model="resnet20", batch_size=64, add_cross_entropy=True,
                   image_size=16, augmentation="flip")
@@ -96,6 +106,8 @@ def refused(capsys, *options):
 @pytest.mark.parametrize("options, words", [
     ("--learning-rate 0.01 --weight-decay 0.1", ["--learning-rate is", "--weight-decay is"]),
     ("--loss cross-entropy --add-cross-entropy", ["--loss is", "--add-cross-entropy is"]),
+    ("--average-weights 3 --epochs 2", ["--average-weights is"]),
+    ("--epochs 0", ["--epochs must be"]),
     ("--method pbt", ["--method replay and --replay go together"]),
 ])
 def test_what_a_schedule_decides_is_no_option_of_its_replay(options, words, finished, capsys):
@@ -109,7 +121,7 @@ def test_a_replay_refuses_a_config_that_is_not_the_schedules(edited, tmp_path, c
     epoch = dict(learning_rate=0.1, momentum=0.9, weight_decay=0, cutout=0, theta=None)
     path = edited(epochs=[epoch])
     other = Config(**replay_config(path) | dict(dataset="digits", learning_rate=0.2))
-    with pytest.raises(ConfigError, match="--learning-rate is decided by .* --replay: not 0.2"):
+    with pytest.raises(ConfigError, match="--learning-rate is decided by .*: 0.1, not 0.2"):
         checked_schedule(other)
     main([*ALONE, "--replay", str(path), "--out", str(tmp_path / "run")])
     edited(epochs=[epoch | {"momentum": 0.8}])
