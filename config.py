@@ -233,8 +233,8 @@ def contradictions(c):
          f"--elites must be below --population ({c.population}), not {c.k}"),
         *((x > 1 and x % 1, f"{name} must be a whole number, or a share below 1, not {x}")
           for name, x in (("--elites", c.elites), ("--validation", c.validation))),
-        (c.preset == "best" and c.method not in ("epbt", "replay"),
-         f"--preset best is for --method epbt, not {c.method}"),
+        (c.preset != "paper" and c.method not in ("epbt", "replay"),
+         f"--preset {c.preset} is for --method epbt, not {c.method}"),
         (c.method == "epbt" and c.known_losses > c.population,
          f"--known-losses must be at most --population ({c.population}), not {c.known_losses}"),
         (c.early_stopping and c.method != "baseline",

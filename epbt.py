@@ -245,8 +245,8 @@ def read_data(c, train, test):
     if train is not None or test is not None:
         return make_data(train, test, **shared)
     if c.dataset == "custom":
-        raise ConfigError("no data: name a data set, or give train and test to evolve(), "
-                          "with resume=True to go on")
+        raise ConfigError("no data: name a data set, or give train and test to evolve(); to go on "
+                          "with a run, with resume=True")
     return load_data(c.dataset, c.data_root, c.image_size, c.download, **shared)
 
 

@@ -23,7 +23,7 @@
 #   ./run_all.sh precision   Baseline 1 and --preset best in float32 beside bfloat16
 # Before any of them: SEEDS="1 2" are its seeds; SCALE=small runs the paper's on the digits; RESULTS=results writes the
 # tables, figures and logs into results/ in place of figures/.
-# After any of them:  --dry-run prints the commands and their cost and runs none.
+# After an experiment: --dry-run prints the commands and their cost and runs none.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=.venv/bin/python
@@ -264,7 +264,7 @@ precision() {
     against="baseline best" draw precision baseline baseline-float32 best best-float32
 }
 
-metric() {  # 600 images of the first class to 20 of the last, drawn by the seed; the test images are balanced
+metric() {  # 599 images of the first class to 20 of the last, drawn by the seed; the test images are balanced
     local data="--dataset fashion-long-tail --download --limit 1862 --batch-size 32 --generations 6 --epochs 3 --precision bfloat16 --threads 1"
     scale=metric seeds=${SEEDS:-2 3 4 5 6}  # 1 and 11 chose: results/metric
     experiment baseline      --method baseline $data

@@ -145,8 +145,7 @@ class Slot(Trainer):
             self.set_hyperparameters(h | (theta if self.config.evolves_theta else {}),
                                      Task(Individual(0, 0, {}), Path(), teacher=stand_in))
             self.make_networks(seed=0)
-            if self.captured:
-                self.graph(self.validation.step)  # an evaluation needs its memory too
+            self.repeat(self.validation.step, 1)  # an evaluation needs memory too
         while count > 0:
             self.repeat(self.step, min(count, self.steps))
             count -= self.steps

@@ -42,9 +42,9 @@ def tried(config, data, say):
                     f"but there it raises {type(errors[0]).__name__}: {message(errors[0])}")
             return replace(config, layout=layout)
     error = errors[-1]
-    raise refusal(config, f"it cannot be trained on batches of {config.batch_size} images of "
-                  f"{data.channels} x {data.height} x {data.width} (channels, height, width): "
-                  f"{type(error).__name__}: {message(error)}") from error
+    shape = f"{data.channels} x {data.height} x {data.width} (channels, height, width)"
+    raise refusal(config, f"it cannot be trained on images of {shape}: {type(error).__name__}: "
+                  f"{message(error)}") from error
 
 
 def refusal(config, why):

@@ -132,6 +132,7 @@ def test_the_identity_of_a_run_is_what_can_change_its_result():
     (dict(validation=99.5), "--validation must be a whole number, or a share below 1, not 99.5"),
     (dict(preset="best", method="pbt", population=3), "--population must be at least 4 for --method"
                                                       " pbt, not 3\n--preset best is for"),
+    (dict(preset="known", method="baseline"), "--preset known is for --method epbt, not baseline"),
     (dict(known_losses=99), r"--known-losses must be at most --population \(40\), not 99"),
     (dict(early_stopping=True), "--early-stopping is for --method baseline, not epbt"),
     (dict(method="replay"), "--method replay and --replay go together"),

@@ -274,7 +274,7 @@ def refused(capsys, *arguments, lines=1):
     ("--known-losses 99", "--known-losses at most --population (12) not 99"),
     ("--model resnet31", "--model 'resnet31' 'resnet32' wrn-16-8 torchvision:NAME"),
     ("--model nowhere:factory", "--model nowhere"), ("--fitness f1", "--fitness 'f1' f1-macro"),
-    ("--model torchvision:vit_b_16", "--model torchvision:vit_b_16 batches 64 1 x 8 x 8"),
+    ("--model torchvision:vit_b_16", "--model torchvision:vit_b_16 images of 1 x 8 x 8"),
     pytest.param("--device cuda", "--device cuda GPU cpu", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
     # Data and folders
