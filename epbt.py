@@ -207,8 +207,10 @@ def settled(config):
     cores = len(os.sched_getaffinity(0))
     device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     threads = config.threads or (cores if config.population == 1 else 1)
-    own = max(1, cores // threads) if device == "cpu" and config.backend == "processes" else 0
-    own = 1 if config.population == 1 else own
+    if config.population == 1 or (device == "cpu" and config.backend == "processes"):
+        own = max(1, cores // threads)
+    else:
+        own = 0  # the GPUs or the cluster decide
     workers, out = min(config.workers or own, config.population), folder_name(config)
     images = Path(os.path.expanduser(config.dataset))
     if os.path.isdir(images) and Path(out).resolve().is_relative_to(images.resolve()):
@@ -217,7 +219,8 @@ def settled(config):
     if in_no_file(config):
         if config.backend == "ray" or (device == "cpu" and config.workers > 1):
             raise ConfigError(f"{NO_FILE}, or use workers=1")
-        workers = 1 if device == "cpu" else workers
+        if device == "cpu":
+            workers = 1
     return replace(config, device=device, threads=threads, workers=workers, out=out)
 
 

@@ -298,7 +298,7 @@ def throughput(slots):
 def worthwhile_slots(config, data):
     """The best number of slots: double it while the throughput rises by a tenth and the memory is
     large enough."""
-    slots, more, best, most = [], [], 0.0, min(MOST_SLOTS, config.population)
+    slots, more, best, most = [], [], 0.0, most_slots(config)
     while len(slots) < most:
         try:
             more = [Slot(config, data) for _ in range(min(len(slots) or 1, most - len(slots)))]
@@ -314,6 +314,11 @@ def worthwhile_slots(config, data):
     return slots
 
 
+def most_slots(config):
+    """How many slots the search may try: no more than there are networks."""
+    return min(MOST_SLOTS, config.population)
+
+
 def discard(slots):
     """Empty a list of slots and give back their memory. A slot refers to itself, so without this
     Python would keep it for long."""
@@ -327,8 +332,8 @@ def remembered(config, data):
     what = [torch.__version__, torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1],
             config.model, config.precision, config.layout, config.batch_size,
             config.distillation > 0, config.average_weights > 0, config.no_graphs,
-            config.deterministic, min(MOST_SLOTS, config.population), data.channels, data.height,
-            data.width, data.num_classes, Path(__file__).read_text(encoding="utf-8")]
+            config.deterministic, most_slots(config), data.channels, data.height, data.width,
+            data.num_classes, Path(__file__).read_text(encoding="utf-8")]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(cache) / "epbt" / f"slots-{key}.json"
